@@ -1,0 +1,73 @@
+"""vlm-budget: make vision-language models spend tokens on purpose.
+
+>>> import vlm_budget
+>>> handle = vlm_budget.patch(model, "hired", budget=0.2)  # doctest: +SKIP
+
+Importing this package is cheap: torch, transformers and the methods load when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Budget": "budget",
+    "BudgetError": "errors",
+    "ImageError": "errors",
+    "LayoutError": "errors",
+    "PatchError": "errors",
+    "PatchHandle": "patching",
+    "Plan": "plan",
+    "PlanError": "errors",
+    "Pruner": "pruner",
+    "Report": "report",
+    "Selection": "pruner",
+    "SelectionError": "errors",
+    "UnknownNameError": "errors",
+    "UnsupportedModelError": "errors",
+    "VLMBudgetError": "errors",
+    "VisualLayout": "layout",
+    "list_families": "registry",
+    "list_methods": "registry",
+    "patch": "patching",
+    "unpatch": "patching",
+}
+
+__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604 - the names are the table above
+
+if TYPE_CHECKING:
+    from .budget import Budget as Budget
+    from .registry import list_families as list_families
+    from .registry import list_methods as list_methods
+    from .errors import BudgetError as BudgetError
+    from .errors import ImageError as ImageError
+    from .errors import LayoutError as LayoutError
+    from .errors import PatchError as PatchError
+    from .errors import PlanError as PlanError
+    from .errors import SelectionError as SelectionError
+    from .errors import UnknownNameError as UnknownNameError
+    from .errors import UnsupportedModelError as UnsupportedModelError
+    from .errors import VLMBudgetError as VLMBudgetError
+    from .layout import VisualLayout as VisualLayout
+    from .patching import PatchHandle as PatchHandle
+    from .patching import patch as patch
+    from .patching import unpatch as unpatch
+    from .plan import Plan as Plan
+    from .pruner import Pruner as Pruner
+    from .pruner import Selection as Selection
+    from .report import Report as Report
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

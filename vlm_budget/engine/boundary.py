@@ -1,0 +1,405 @@
+"""The cut at the language-model boundary.
+
+The outer model runs as released, in the caller's coordinates: placeholders, scattered features, M-RoPE positions, 2-D
+masks, logits, labels. A pre-hook of the inner language model gathers the kept columns; a hook maps the output back; the
+cache answers in the caller's coordinates outside (see ``cache``). Everything a call has to remember is thread-local, so
+one patched model serves concurrent calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..budget import Budget
+from ..errors import LayoutError, PatchError, SelectionError
+from ..families.base import Family
+from ..layout import Modality, VisualLayout
+from ..plan import Plan
+from ..pruner import Pruner
+from .account import Account
+from .cache import CacheState, cache_state, set_cache_state
+from .clock import Interval
+from .compact import Compaction, compact, packed_positions
+from .local import CallLocal
+from .masks import compact_square, is_square, new_columns_valid, padding_mask
+from .observe import Observer
+from .selection import Observation, PromptSelection, make_plan, seen_rows, select
+
+_SEEN = "_vlm_budget_seen"
+
+
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """What the language model's post-hook needs from its pre-hook."""
+
+    interval: Interval
+    prompt: bool
+    state: CacheState | None = None
+    compaction: Compaction | None = None
+    earlier: CacheState | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """A selection and what it was made for."""
+
+    observations: list[Observation]
+    counts: dict[Modality, list[int]]
+    selection: PromptSelection
+
+    def fits(self, observations: list[Observation], counts: dict[Modality, list[int]]) -> bool:
+        same = all(any(o is mine for mine in self.observations) for o in observations)
+        return same and counts == self.counts
+
+
+class Boundary:
+    """Prunes at the language-model boundary of one model.
+
+    Args:
+        base: The model that holds vision tower and language model (``LlavaModel`` inside ``LlavaFor…``).
+        family: What is known about its class.
+        pruner: The method.
+        budget: What a prompt may spend, or a plan to replay.
+        positions: ``"packed"`` or ``"original"``.
+    """
+
+    def __init__(self, base: nn.Module, family: Family, pruner: Pruner, budget: Budget | Plan, positions: str) -> None:
+        self.base = base
+        self.family = family
+        self.pruner = pruner
+        self.budget = budget
+        self.positions = positions
+        whole = isinstance(budget, Budget) and budget.unit == "ratio" and budget.amount == 1
+        needs = () if whole else pruner.needs(family.tower(base))
+        self.observer = Observer(base, family, needs)
+        self.account: Account | None = None
+        self._local = CallLocal()
+
+    # --- watched methods -------------------------------------------------------------------------------------------
+
+    def watch_generate(self, call: Any, args: Any, kwargs: Any) -> Any:
+        """Around ``generate``: remember the prompts' placeholders, which chunked prefill never shows as a whole."""
+        local = self._local
+        earlier = (getattr(local, "counts", None), getattr(local, "prompt_length", None))
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        known = isinstance(ids, torch.Tensor) and ids.numel() > 0
+        local.counts = self._count_placeholders(ids) if known else None
+        local.prompt_length = ids.shape[1] if known else 0
+        self._open_account()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            local.counts, local.prompt_length = earlier
+            local.latest, local.selection = {}, None
+
+    def watch_image_encoder(self, call: Any, args: Any, kwargs: Any) -> Any:
+        """Around ``get_image_features``."""
+        return self._watch_encoder("image", call, args, kwargs)
+
+    def watch_video_encoder(self, call: Any, args: Any, kwargs: Any) -> Any:
+        """Around ``get_video_features``."""
+        return self._watch_encoder("video", call, args, kwargs)
+
+    def _watch_encoder(self, modality: Modality, call: Any, args: Any, kwargs: Any) -> Any:
+        local = self._local
+        interval = Interval(self._device)
+        output, seen = self.observer.observe(modality, call, args, kwargs)
+        local.latest = {**getattr(local, "latest", {}), modality: seen}
+        if hasattr(output, "pooler_output"):
+            # Tie the scores to the features: whoever passes these features to a later call gets their scores.
+            setattr(output, _SEEN, seen)
+        self._account().stages["encode"].append(interval.stop())
+        return output
+
+    # --- outer model -----------------------------------------------------------------------------------------------
+
+    def before_base(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Find this call's placeholders, if it brings pixels or encoded features."""
+        local = self._local
+        local.visual, local.outer_mask, local.given = {}, kwargs.get("attention_mask"), {}
+        if not self._generating and _length(kwargs.get("past_key_values")) == 0:
+            self._open_account()
+        ids = args[0] if args else kwargs.get("input_ids")
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        for modality in self.family.given_modalities(kwargs):
+            local.visual[modality] = self._placeholders(modality, ids, kwargs.get("inputs_embeds"))
+            local.given[modality] = getattr(encoded.get(modality), _SEEN, None)
+
+    def after_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Forget this call, also after an exception."""
+        local = self._local
+        local.visual, local.outer_mask, local.given = {}, None, {}
+        if not self._generating:
+            local.latest, local.selection = {}, None
+
+    # --- language model --------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def before_language_model(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Shorten the sequence. Returns None, the untouched call, when nothing is or was dropped."""
+        local = self._local
+        local.pending = None
+        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        if embeds is None:
+            return None
+        earlier = cache_state(cache)
+        visual = getattr(local, "visual", {})
+        selection = self._selection(visual, cache, embeds) if visual else None
+        prompt = self._is_prompt(cache, visual)
+        if (selection is None or selection.keeps_all) and earlier is None:
+            local.pending = Pending(Interval(embeds.device), prompt)
+            return None
+        interval = Interval(embeds.device)
+        new, state, compaction = self._shorten(kwargs, selection, visual, earlier)
+        self._account().stages["compact"].append(interval.stop())
+        local.pending = Pending(Interval(embeds.device), prompt, state, compaction, earlier)
+        if earlier is not None:
+            set_cache_state(cache, replace(earlier, physical=True))
+        return args, new
+
+    @torch.compiler.disable
+    def after_language_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Map the output back to the caller's columns and hand the cache its state."""
+        local = self._local
+        pending: Pending | None = getattr(local, "pending", None)
+        local.pending = None
+        if pending is None:
+            return None
+        if pending.earlier is not None:
+            set_cache_state(kwargs["past_key_values"], pending.earlier)
+        if output is None:  # the language model raised
+            return None
+        account = self._account()
+        account.stages["prefill" if pending.prompt else "decode"].append(pending.interval.stop())
+        interval = Interval(output.last_hidden_state.device)
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and pending.state is not None:
+            set_cache_state(cache, pending.state)
+        if cache is not None and pending.prompt:
+            account.note_cache(cache, _length(cache))
+        if pending.compaction is not None:
+            _grow_output(output, pending.compaction)
+            account.stages["compact"].append(interval.stop())
+        return output
+
+    # --- pieces ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.base.parameters()).device
+
+    def _count_placeholders(self, ids: torch.Tensor) -> dict[Modality, list[int]]:
+        return {m: (ids == token).sum(-1).tolist() for m, token in self.family.token_ids(self.base.config).items()}
+
+    def _placeholders(self, modality: Modality, ids: Any, embeds: Any) -> torch.Tensor:
+        token = self.family.token_ids(self.base.config)[modality]
+        if ids is not None:
+            return ids == token
+        vector = self.base.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+        return (embeds == vector).all(-1)
+
+    def _selection(self, visual: dict[Modality, torch.Tensor], cache: Any, embeds: torch.Tensor) -> PromptSelection:
+        local = self._local
+        # A chunk of a chunked prefill may show one modality only; the selection covers all that were encoded.
+        observations = [self._observation(modality) for modality in visual]
+        observations = list({**getattr(local, "latest", {}), **{o.modality: o for o in observations}}.values())
+        counts = self._row_counts(observations, visual)
+        known: _Known | None = getattr(local, "selection", None)
+        if known is not None and known.fits(observations, counts):
+            if _length(cache) == 0:
+                known.selection.rewind()
+            return known.selection
+        interval = Interval(embeds.device)
+        rows = seen_rows(observations, counts)
+        plan = self._plan(VisualLayout(tuple(tuple(seen.item for seen in row) for row in rows)))
+        selection = select(self.pruner, plan, rows, embeds.device)
+        account = self._account()
+        account.plan = plan
+        account.stages["select"].append(interval.stop())
+        local.selection = _Known(observations, counts, selection)
+        return selection
+
+    def _observation(self, modality: Modality) -> Observation:
+        local = self._local
+        seen: Observation | None = local.given.get(modality) or getattr(local, "latest", {}).get(modality)
+        if seen is None:
+            raise LayoutError(
+                f"the {modality} features of this call were not encoded by this patched model, so no scores belong to "
+                "them. Encode them with the patched model, or pass pixel inputs."
+            )
+        return seen
+
+    def _row_counts(
+        self, observations: list[Observation], visual: dict[Modality, torch.Tensor]
+    ) -> dict[Modality, list[int]]:
+        counts: dict[Modality, list[int]] | None = getattr(self._local, "counts", None)
+        totals = {o.modality: sum(item.size for item in o.items) for o in observations}
+        if counts is None or any(sum(counts[m]) != total for m, total in totals.items()):
+            counts = {m: mask.sum(1).tolist() for m, mask in visual.items()}
+        result = {}
+        for modality, total in totals.items():
+            rows = counts.get(modality) or [0] * len(next(iter(counts.values())))
+            # Features encoded once serve k equal rows when generate repeats a prompt for beams or return sequences.
+            copies = sum(rows) // total if total and sum(rows) % total == 0 else 1
+            result[modality] = rows[:: max(copies, 1)]
+        return result
+
+    def _plan(self, layout: VisualLayout) -> Plan:
+        if isinstance(self.budget, Plan):
+            self.budget.row_counts(layout.row_sizes())
+            return self.budget
+        return make_plan(self.pruner, self.budget, layout)
+
+    @property
+    def _generating(self) -> bool:
+        return getattr(self._local, "prompt_length", None) is not None
+
+    def _is_prompt(self, cache: Any, visual: Any) -> bool:
+        done = _length(cache)
+        return done == 0 or bool(visual) or done < (getattr(self._local, "prompt_length", None) or 0)
+
+    def _open_account(self) -> Account:
+        self.account = self._local.account = Account()
+        return self.account
+
+    def _account(self) -> Account:
+        return getattr(self._local, "account", None) or self._open_account()
+
+    def _shorten(
+        self,
+        kwargs: dict[str, Any],
+        selection: PromptSelection | None,
+        visual: dict[Modality, torch.Tensor],
+        earlier: CacheState | None,
+    ) -> tuple[dict[str, Any], CacheState | None, Compaction | None]:
+        """The language model's keyword arguments in physical coordinates."""
+        new = dict(kwargs)
+        embeds, cache, mask = kwargs["inputs_embeds"], kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        batch, length = embeds.shape[:2]
+        device = embeds.device
+        past = _length(cache)
+        outer = self._local.outer_mask
+        valid = (
+            new_columns_valid(mask, outer, batch, length, device)
+            if past == 0
+            else new_columns_valid(padding_mask(mask, outer), None, batch, length, device)
+        )
+        past_valid = _past_valid(earlier, padding_mask(mask, outer), past, length, batch, device)
+        shift = earlier.shift.to(device) if earlier is not None else torch.zeros(batch, dtype=torch.long, device=device)
+        positions = _positions(kwargs.get("position_ids"), past, batch, length, device)
+
+        if selection is None or selection.keeps_all:
+            lowered = positions - shift[:, None] if self.positions == "packed" else positions
+            new["position_ids"] = lowered
+            new["attention_mask"] = torch.cat([past_valid, valid], 1).long()
+            _renumber(new, past_valid.shape[1], length, device)
+            return new, None, None
+
+        keep, embeds = self._kept_columns(selection, visual, embeds)
+        compaction, tail = self._compaction(selection, keep & valid, valid, length)
+        new["inputs_embeds"] = compaction.take(embeds) * compaction.valid[..., None].to(embeds.dtype)
+        new["position_ids"], shift = self._new_positions(positions, compaction, valid, shift)
+        _shorten_deepstack(new, compaction)
+        whole = torch.cat([past_valid, compaction.valid], 1)
+        # Never None: without a mask transformers reads gaps in position ids as packed sequences, and blocks attention.
+        ready_made = is_square(mask) and not past
+        static = bool(getattr(cache, "is_compileable", False))
+        new["attention_mask"] = compact_square(mask, compaction, static) if ready_made else whole.long()
+        _renumber(new, past_valid.shape[1], compaction.slots, device)
+        return new, CacheState(past + length - whole.shape[1], whole, shift, tail), compaction
+
+    def _kept_columns(
+        self, selection: PromptSelection, visual: dict[Modality, torch.Tensor], embeds: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keep = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        for modality, mask in visual.items():
+            mask = mask.to(embeds.device)
+            index = selection.columns(modality, mask)
+            keep &= ~mask | selection.keep[modality][index]
+            if modality in selection.values:
+                table, where = selection.values[modality]
+                swap = (mask & where[index])[..., None]
+                embeds = torch.where(swap, table[index].to(embeds.dtype), embeds)
+        return keep, embeds
+
+    def _compaction(
+        self, selection: PromptSelection, keep: torch.Tensor, valid: torch.Tensor, length: int
+    ) -> tuple[Compaction, torch.Tensor]:
+        dropped = valid & ~keep
+        column = torch.arange(1, length + 1, device=keep.device)
+        tail = length - (dropped * column).max()
+        right_padded = ~valid[:, -1].all()
+        # The only host sync of a prefill: the compacted length, with all else the host must know.
+        facts = torch.cat([keep.sum(1).max()[None], right_padded[None].long(), selection.kept.to(keep.device)]).tolist()
+        promised = [item.keep for item in selection.plan.items]
+        if facts[2:] != promised:
+            raise SelectionError(f"{self.pruner} promised {promised} tokens and kept {facts[2:]}")
+        return compact(keep, facts[0], bool(facts[1])), tail
+
+    def _new_positions(
+        self, positions: torch.Tensor, compaction: Compaction, valid: torch.Tensor, shift: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.positions == "original":
+            return compaction.take_last(positions) * compaction.valid, shift
+        if positions.ndim != 2:
+            raise PatchError("packed positions need one-dimensional RoPE; use positions='original'")
+        start = torch.where(valid, positions, positions.max() + 1).amin(1) - shift
+        packed = packed_positions(compaction, start) * compaction.valid
+        return packed, shift + (valid & ~compaction.keep).sum(1)
+
+
+def _length(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _positions(given: Any, past: int, batch: int, length: int, device: torch.device) -> torch.Tensor:
+    if given is None:
+        return torch.arange(past, past + length, device=device)[None].expand(batch, length)
+    return given.expand(*given.shape[:-2], batch, length)
+
+
+def _past_valid(
+    earlier: CacheState | None, flat: torch.Tensor | None, past: int, length: int, batch: int, device: torch.device
+) -> torch.Tensor:
+    """[B, P] bool over the cache's physical columns."""
+    covers = flat is not None and flat.shape[1] >= past + length
+    flags = flat.bool().to(device).expand(batch, -1) if covers and flat is not None else None
+    if earlier is None:
+        return flags[:, :past] if flags is not None else torch.ones(batch, past, dtype=torch.bool, device=device)
+    since = past - earlier.virtual_length  # tokens appended since the last compaction
+    if since <= 0:
+        return earlier.valid.to(device)
+    added = (
+        flags[:, earlier.virtual_length : past]
+        if flags is not None
+        else torch.ones(batch, since, dtype=torch.bool, device=device)
+    )
+    return torch.cat([earlier.valid.to(device), added], 1)
+
+
+def _renumber(kwargs: dict[str, Any], start: int, count: int, device: torch.device) -> None:
+    if isinstance(kwargs.get("cache_position"), torch.Tensor):  # transformers 4.x
+        kwargs["cache_position"] = torch.arange(start, start + count, device=device)
+
+
+def _shorten_deepstack(kwargs: dict[str, Any], compaction: Compaction) -> None:
+    """Qwen3-VL adds one feature per visual token to the first layers: drop those of dropped tokens."""
+    mask = kwargs.get("visual_pos_masks")
+    if not isinstance(mask, torch.Tensor):
+        return
+    kept = compaction.keep.to(mask.device)[mask]
+    if kwargs.get("deepstack_visual_embeds") is not None:
+        kwargs["deepstack_visual_embeds"] = [e[kept.to(e.device)] for e in kwargs["deepstack_visual_embeds"]]
+    kwargs["visual_pos_masks"] = compaction.take(mask) & compaction.valid.to(mask.device)
+
+
+def _grow_output(output: Any, compaction: Compaction) -> None:
+    output.last_hidden_state = compaction.grow(output.last_hidden_state)
+    if getattr(output, "hidden_states", None) is not None:
+        output.hidden_states = tuple(
+            compaction.grow(h) if h.shape[1] == compaction.slots else h for h in output.hidden_states
+        )

@@ -1,0 +1,154 @@
+"""A KV cache that is as long as the caller thinks outside the language model, and as short as it is inside.
+
+``generate`` counts tokens by the length of its cache: position ids, mask columns, continuation slicing, assisted
+decoding. After visual tokens were dropped the cache holds fewer. Rather than teach ``generate``, the cache object
+answers in the caller's ("virtual") coordinates, and in its own ("physical") ones only while the language model runs.
+The object changes class to a subclass of its own class; its data stay plain attributes, so it copies and pickles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..errors import PatchError
+
+_STATE = "_vlm_budget_state"
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """What was dropped.
+
+    Attributes:
+        delta: Virtual minus physical length, the same for all rows.
+        valid: [B, P] bool, physical columns (as of the last compaction) that hold a token.
+        shift: [B] int64, how much the caller's position ids are lowered ("packed" positions), else 0.
+        tail: [] int64, columns since the last dropped one: how far the cache can be cropped into ``valid``.
+        physical: The language model is running.
+    """
+
+    delta: int
+    valid: torch.Tensor
+    shift: torch.Tensor
+    tail: torch.Tensor
+    physical: bool = False
+
+    @property
+    def physical_length(self) -> int:
+        """P, columns covered by ``valid``."""
+        return self.valid.shape[1]
+
+    @property
+    def virtual_length(self) -> int:
+        """Caller's length at the last compaction."""
+        return self.physical_length + self.delta
+
+    def map_rows(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> CacheState:
+        """The state after the batch was re-ordered, repeated or selected."""
+        return replace(self, valid=rows(self.valid), shift=rows(self.shift))
+
+
+class VirtualLength:
+    """Mixed in front of a live cache's class."""
+
+    _vlm_budget_base: type
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Length in the caller's coordinates, or the physical one while the language model runs."""
+        length = super().get_seq_length(layer_idx)  # type: ignore[misc]
+        state = cache_state(self)
+        return length if state is None or state.physical else length + state.delta
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to grow behind the patch's back."""
+        state = cache_state(self)
+        if state is not None and not state.physical:
+            raise PatchError(
+                "this cache was filled by a patched model, and is now used without the patch: its masks would be "
+                "wrong. Patch the model again, or start from a new cache."
+            )
+        return super().update(*args, **kwargs)  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> Any:
+        """Follow beam search."""
+        result = super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._map_rows(lambda t: t[beam_idx.to(t.device)])
+        return result
+
+    def batch_repeat_interleave(self, repeats: int) -> Any:
+        """Follow a repeated batch."""
+        result = super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._map_rows(lambda t: t.repeat_interleave(repeats, 0))
+        return result
+
+    def batch_select_indices(self, indices: torch.Tensor) -> Any:
+        """Follow selected rows."""
+        result = super().batch_select_indices(indices)  # type: ignore[misc]
+        self._map_rows(lambda t: t[indices.to(t.device)])
+        return result
+
+    def crop(self, max_length: int) -> Any:
+        """Forget the last tokens: ``-n`` drops n, a positive length (transformers 4.x) is in the caller's coordinates."""
+        state = cache_state(self)
+        if state is None:
+            return super().crop(max_length)  # type: ignore[misc]
+        physical = int(super().get_seq_length(0))  # type: ignore[misc]
+        drop = -max_length if max_length < 0 else max(0, physical + state.delta - max_length)
+        into = state.physical_length - (physical - drop)
+        if into > 0:
+            if into > int(state.tail):
+                raise PatchError(
+                    f"cannot crop the last {drop} tokens of a pruned cache: dropped visual tokens lie among them. "
+                    "Start from a new cache."
+                )
+            state = replace(state, valid=state.valid[:, :-into], tail=state.tail - into)
+            setattr(self, _STATE, state)
+        return super().crop(-drop) if drop else None  # type: ignore[misc]
+
+    def reset(self) -> Any:
+        """Forget everything."""
+        setattr(self, _STATE, None)
+        return super().reset()  # type: ignore[misc]
+
+    def _map_rows(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        state = cache_state(self)
+        if state is not None:
+            setattr(self, _STATE, state.map_rows(rows))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return (_rebuild, (type(self)._vlm_budget_base, dict(self.__dict__)))
+
+
+def cache_state(cache: Any) -> CacheState | None:
+    """What was dropped from a cache, or None."""
+    return getattr(cache, _STATE, None)
+
+
+def set_cache_state(cache: Any, state: CacheState) -> None:
+    """Record what was dropped, and make the cache answer in the caller's coordinates."""
+    _virtualise(cache)
+    setattr(cache, _STATE, state)
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def _virtualise(cache: Any) -> None:
+    base = type(cache)
+    if isinstance(cache, VirtualLength):
+        return
+    if base not in _CLASSES:
+        name = f"Virtual{base.__name__}"
+        _CLASSES[base] = type(name, (VirtualLength, base), {"_vlm_budget_base": base, "__module__": __name__})
+    cache.__class__ = _CLASSES[base]
+
+
+def _rebuild(base: type, attributes: dict[str, Any]) -> Any:
+    cache = base.__new__(base)
+    cache.__dict__.update(attributes)
+    _virtualise(cache)
+    return cache

@@ -1,0 +1,89 @@
+"""Attention masks in every form transformers hands to a language model: none, 2-D, 4-D, or a dict of 4-D per layer type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import PatchError
+from .compact import Compaction
+
+
+def new_columns_valid(mask: Any, outer: Any, batch: int, length: int, device: torch.device) -> torch.Tensor:
+    """Which of the new columns hold a token.
+
+    Args:
+        mask: What the language model was given.
+        outer: What the outer model was given: the 2-D mask, where the inner one is of another kind or missing.
+        batch: B.
+        length: L, number of new columns.
+        device: Of the result.
+
+    Returns:
+        [B, L] bool.
+    """
+    flat = padding_mask(mask, outer)
+    if flat is not None:
+        return flat[:, -length:].bool().to(device).expand(batch, -1)
+    square = next((m for m in (first_of(mask), first_of(outer)) if _is_4d(m)), None)
+    if square is None or square.shape[-1] < length:
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    # A token that may see itself is not padding.
+    own = square[:, 0, :, : square.shape[2]].diagonal(dim1=-2, dim2=-1)[:, -length:]
+    return (own if own.dtype == torch.bool else own == 0).to(device).expand(batch, -1)
+
+
+def padding_mask(mask: Any, outer: Any) -> torch.Tensor | None:
+    """The 2-D mask among what the inner and the outer model were given, or None."""
+    return next((m for m in (mask, outer) if isinstance(m, torch.Tensor) and m.ndim == 2), None)
+
+
+def first_of(mask: Any) -> Any:
+    """The mask of the full-attention layers, where there is one per layer type."""
+    if isinstance(mask, dict):
+        return mask.get("full_attention", next(iter(mask.values()), None))
+    return mask
+
+
+def compact_square(mask: Any, compaction: Compaction, static: bool) -> Any:
+    """Gather rows and columns of a ready-made 4-D mask, or of each mask in a dict.
+
+    A static cache has room for more columns than it holds; these stay, blocked.
+
+    Raises:
+        PatchError: A mask whose rows cannot be gathered: flex attention's block mask, or a static sliding window.
+    """
+    if isinstance(mask, dict):
+        return {kind: compact_square(each, compaction, static) for kind, each in mask.items()}
+    valid = compaction.valid
+    if mask is None:
+        causal = torch.ones(compaction.slots, compaction.slots, dtype=torch.bool, device=valid.device).tril()
+        return causal[None, None] & valid[:, None, None, :]
+    if not _is_4d(mask):
+        raise PatchError(
+            f"this model hands its language model a ready-made {type(mask).__name__}, which cannot be shortened. "
+            "Load it with attn_implementation='sdpa' or 'eager'."
+        )
+    if mask.shape[3] < compaction.length:
+        raise PatchError(
+            f"a static sliding-window cache of {mask.shape[3]} columns is shorter than the prompt of "
+            f"{compaction.length}, and cannot be pruned. Use the default dynamic cache."
+        )
+    batch, slots = compaction.index.shape
+    index = compaction.index.to(mask.device)
+    heads, columns = mask.shape[1], mask.shape[3]
+    rows = mask.expand(batch, -1, -1, -1).gather(2, index[:, None, :, None].expand(batch, heads, slots, columns))
+    square = rows.gather(3, index[:, None, None, :].expand(batch, heads, slots, slots))
+    blocked = False if square.dtype == torch.bool else torch.finfo(square.dtype).min
+    square = square.masked_fill(~valid.to(mask.device)[:, None, None, :], blocked)
+    return torch.nn.functional.pad(square, (0, columns - slots if static else 0), value=blocked)
+
+
+def is_square(mask: Any) -> bool:
+    """Whether the outer model built the mask itself (4-D, per layer type, or a block mask)."""
+    return mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)
+
+
+def _is_4d(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.ndim == 4

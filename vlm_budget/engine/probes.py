@@ -1,0 +1,229 @@
+"""Attention scores without leaving the user's attention backend.
+
+Transformers' attention modules look their function up per call from ``module.config._attn_implementation``. A probe
+gives one module a config that delegates everything to the real one and answers another name; the function behind that
+name computes the few rows a method needs from the very queries and keys the model made (after rotary embedding,
+normalisation and the cache), then calls the real backend, so SDPA, flash, flex and eager all stay on. Masks, other
+layers and the model's config are untouched.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..errors import PatchError
+from .local import CallLocal
+
+_PREFIX = "vlm_budget_probe|"
+_SINK = "_vlm_budget_sink"
+_local = CallLocal()
+
+RowKind = Literal["cls", "received", "last"]
+
+
+class ProbeConfig:
+    """Delegates to a module's real config, and routes the module's attention through :func:`probe_attention`."""
+
+    def __init__(self, real: Any) -> None:
+        self.__dict__["_real"] = real
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_real":  # not yet restored while unpickling
+            raise AttributeError(name)
+        return getattr(self._real, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._real, name, value)
+
+    @property
+    def _attn_implementation(self) -> str:
+        real = self._real._attn_implementation
+        # While the real backend runs it must see its own name: flash kernels read the config again.
+        if getattr(_local, "inside", False):
+            return real
+        name = _PREFIX + str(real)
+        functions = _attention_functions()
+        if name not in functions:
+            functions.register(name, probe_attention)
+        return name
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_real": self._real}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def _attention_functions() -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
+
+
+def probe_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Show queries and keys to the module's sink, then run the backend the user chose."""
+    sink: AttentionSink = getattr(module, _SINK)
+    if sink.wanted:
+        with torch.no_grad():
+            sink.record(query, key, attention_mask, scaling or query.shape[-1] ** -0.5, kwargs.get("cu_seq_lens_q"))
+    real = module.config._real._attn_implementation  # type: ignore[union-attr]
+    function: Callable[..., Any]
+    if real in (None, "eager"):
+        function = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        function = _attention_functions()[real]
+    _local.inside = True
+    try:
+        return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    finally:
+        _local.inside = False
+
+
+@dataclass(frozen=True)
+class AttachedProbe:
+    """A probe in place. ``detach`` puts the module's own config object back."""
+
+    module: nn.Module
+    sink: AttentionSink
+    config: Any
+
+    def detach(self) -> None:
+        """Undo :func:`attach`."""
+        self.module.config = self.config
+        delattr(self.module, _SINK)
+
+
+def attach(module: nn.Module, sink: AttentionSink) -> AttachedProbe:
+    """Route an attention module's rows to ``sink``.
+
+    Raises:
+        PatchError: The module is probed already, or does not choose its attention function by config.
+    """
+    config = getattr(module, "config", None)
+    if not hasattr(config, "_attn_implementation"):
+        raise PatchError(
+            f"{type(module).__name__} does not look its attention function up by config; the scores this method needs "
+            "cannot be taken from it"
+        )
+    if isinstance(config, ProbeConfig):
+        raise PatchError(f"{type(module).__name__} is probed already")
+    setattr(module, _SINK, sink)
+    module.config = ProbeConfig(config)
+    return AttachedProbe(module, sink, config)
+
+
+class AttentionSink:
+    """Collects attention rows of one module, head-averaged, per thread.
+
+    Args:
+        kinds: Which rows: ``"cls"`` (query 0), ``"last"`` (the last query, padding excluded), ``"received"`` (mean over
+            queries, in chunks; packed sequences are taken apart by their ``cu_seq_lens``).
+        chunk: Queries per chunk of ``"received"``: bounds memory to ``H * chunk * L`` floats.
+    """
+
+    def __init__(self, kinds: tuple[RowKind, ...], chunk: int = 256) -> None:
+        self.kinds = kinds
+        self.chunk = chunk
+        self._local = CallLocal()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this thread collects rows at the moment."""
+        return getattr(self._local, "rows", None) is not None
+
+    def start(self) -> None:
+        """Begin to collect on this thread."""
+        self._local.rows = {kind: [] for kind in self.kinds}
+
+    def stop(self) -> dict[RowKind, list[torch.Tensor]]:
+        """End collecting; per kind, the [B, L] float32 rows of each call of the module, in call order."""
+        rows = getattr(self._local, "rows", None)
+        self._local.rows = None
+        return rows or {kind: [] for kind in self.kinds}
+
+    def record(self, query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float, packed: Any) -> None:
+        """Compute the wanted rows of ``query`` [B, H, Lq, d] over ``key`` [B, Hkv, Lk, d]."""
+        for kind in self.kinds:
+            if kind == "received":
+                rows = _received_packed(query, key, mask, scaling, self.chunk, packed)
+            else:
+                index = 0 if kind == "cls" else query.shape[2] - 1
+                part = _mask_rows(mask, index, index + 1, query, key, causal=kind == "last")
+                rows = attention_rows(query[:, :, index : index + 1], key, scaling, part).mean(1)[:, 0]
+            self._local.rows[kind].append(rows)
+
+
+def attention_rows(
+    query: torch.Tensor, key: torch.Tensor, scaling: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Softmax rows for chosen queries.
+
+    Args:
+        query: [B, H, n, d].
+        key: [B, Hkv, Lk, d]; grouped heads are repeated.
+        scaling: Factor on the logits.
+        mask: None, or bool (True = may be seen) or additive float, broadcastable to [B, H, n, Lk].
+
+    Returns:
+        [B, H, n, Lk] float32; rows without any visible key are zero.
+    """
+    if key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    logits = (query.float() @ key.float().transpose(-1, -2)) * scaling
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.float()
+    return torch.nan_to_num(logits.softmax(-1))
+
+
+def _mask_rows(
+    mask: Any, start: int, stop: int, query: torch.Tensor, key: torch.Tensor, causal: bool = False
+) -> torch.Tensor | None:
+    """Rows ``start:stop`` of any mask transformers passes: None, 4-D, 2-D padding (flash), or a flex ``BlockMask``."""
+    length = key.shape[2]
+    if mask is None:
+        return None  # the CLS row of an encoder and the last row of a causal model see everything
+    if isinstance(mask, torch.Tensor):
+        if mask.ndim == 4:
+            return mask[:, :, start:stop, :length]
+        return mask[:, None, None, -length:].bool()
+    device = query.device
+    batch = torch.arange(query.shape[0], device=device)[:, None, None, None]
+    rows = torch.arange(start, stop, device=device)[None, None, :, None]
+    columns = torch.arange(length, device=device)[None, None, None, :]
+    head = torch.zeros((), dtype=torch.long, device=device)
+    return torch.as_tensor(mask.mask_mod(batch, head, rows, columns)).expand(query.shape[0], 1, stop - start, length)
+
+
+def _received(query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float, chunk: int) -> torch.Tensor:
+    total = query.new_zeros(query.shape[0], key.shape[2], dtype=torch.float32)
+    for start in range(0, query.shape[2], chunk):
+        stop = min(start + chunk, query.shape[2])
+        part = _mask_rows(mask, start, stop, query, key)
+        total += attention_rows(query[:, :, start:stop], key, scaling, part).sum(2).mean(1)
+    return total / query.shape[2]
+
+
+def _received_packed(
+    query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float, chunk: int, packed: Any
+) -> torch.Tensor:
+    if packed is None:
+        return _received(query, key, mask, scaling, chunk)
+    ends = packed.tolist()
+    parts = [
+        _received(query[:, :, a:b], key[:, :, a:b], None, scaling, chunk) for a, b in zip(ends, ends[1:], strict=False)
+    ]
+    return torch.cat(parts, -1)

@@ -1,0 +1,203 @@
+"""From what the vision tower showed to which tokens stay: one selection per prompt pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..allocate import split
+from ..budget import Budget
+from ..errors import LayoutError
+from ..layout import Modality, VisualItem, VisualLayout, group_rows
+from ..plan import ItemPlan, Plan
+from ..pruner import Attention, Context, Pruner
+
+
+@dataclass(eq=False)
+class Observation:
+    """What one call of the vision encoder showed.
+
+    Attributes:
+        modality: ``"image"`` or ``"video"``.
+        items: Layout of every encoded item, in placeholder order over the batch.
+        features: Per item [n, D], as the language model gets them.
+        attention: Per need, per item, one [T] tensor per partition.
+    """
+
+    modality: Modality
+    items: list[VisualItem]
+    features: list[torch.Tensor]
+    attention: Mapping[Attention, Sequence[Sequence[torch.Tensor]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """One item with what was observed of it."""
+
+    item: VisualItem
+    features: torch.Tensor
+    attention: Mapping[Attention, Sequence[torch.Tensor]]
+
+
+def seen_rows(observations: Sequence[Observation], counts: Mapping[Modality, Sequence[int]]) -> list[list[Seen]]:
+    """Hand observed items to the prompts they stand in: per prompt, images first, then videos.
+
+    Args:
+        observations: At most one per modality.
+        counts: Per modality, the visual tokens of every prompt.
+
+    Raises:
+        LayoutError: Placeholders and encoded items do not agree.
+    """
+    rows: list[list[Seen]] = [[] for _ in next(iter(counts.values()))]
+    for seen in observations:
+        grouped = group_rows(seen.items, counts[seen.modality])
+        if grouped is None:
+            raise LayoutError(
+                f"the prompts hold {list(counts[seen.modality])} {seen.modality} tokens, the encoder produced items of "
+                f"{[item.size for item in seen.items]}: they do not fit together. Pass pixel inputs and prompts made by "
+                "one processor call, and features encoded by this patched model."
+            )
+        index = 0
+        for row, items in zip(rows, grouped, strict=True):
+            for item in items:
+                attention = {need: values[index] for need, values in seen.attention.items()}
+                row.append(Seen(item, seen.features[index], attention))
+                index += 1
+    return rows
+
+
+def make_plan(pruner: Pruner, budget: Budget, layout: VisualLayout) -> Plan:
+    """Exact counts: the method's total per prompt, split over its items in proportion to their size.
+
+    Raises:
+        BudgetError: The budget cannot be met by some prompt.
+    """
+    items: list[ItemPlan] = []
+    for row, members in enumerate(layout.rows):
+        if not members:
+            continue
+        sizes = [item.size for item in members]
+        shares = split(pruner.tokens(budget, members), sizes, sizes, [1] * len(sizes))
+        items += [
+            ItemPlan(row, item.modality, size, share) for item, size, share in zip(members, sizes, shares, strict=True)
+        ]
+    return Plan(str(pruner), str(budget), tuple(items), len(layout.rows))
+
+
+@dataclass(eq=False)
+class PromptSelection:
+    """Which visual tokens stay, for a batch of prompts, and how far they have been consumed.
+
+    Attributes:
+        plan: The promised counts.
+        keep: Per modality, [R, V] bool over the prompt's visual tokens of that modality in order.
+        values: Per modality, [R, V, D] replacement embeddings and [R, V] bool where they apply; absent if none merge.
+        kept: [items] int64, kept counts in plan order, for the check against the plan.
+        consumed: Per modality, [B] int64 visual tokens that earlier chunks of a chunked prefill have taken.
+    """
+
+    plan: Plan
+    keep: dict[Modality, torch.Tensor]
+    values: dict[Modality, tuple[torch.Tensor, torch.Tensor]]
+    kept: torch.Tensor
+    consumed: dict[Modality, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Nothing is dropped, so the original call can run untouched."""
+        return self.plan.keep == self.plan.total and not self.values
+
+    def columns(self, modality: Modality, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the next visual columns stand in their prompt's selection.
+
+        Args:
+            modality: Which placeholders.
+            mask: [B, L] bool, their columns in this call; B is a multiple of R (beams, return sequences).
+
+        Returns:
+            [B, 1] prompt rows and [B, L] positions, for indexing ``keep`` and ``values`` (meaningless off ``mask``).
+        """
+        table = self.keep[modality]
+        batch, prompts = mask.shape[0], table.shape[0]
+        if batch % prompts:
+            raise LayoutError(f"{prompts} prompts were encoded, but the language model got {batch} rows")
+        done = self.consumed.get(modality, torch.zeros(batch, dtype=torch.long, device=mask.device))
+        position = (mask.cumsum(1) - 1 + done[:, None]).clamp(0, table.shape[1] - 1)
+        self.consumed[modality] = done + mask.sum(1)
+        prompt = torch.arange(batch, device=mask.device) // (batch // prompts)
+        return prompt[:, None], position
+
+    def rewind(self) -> None:
+        """Start over: the same features are used for another prefill."""
+        self.consumed.clear()
+
+
+def select(pruner: Pruner, plan: Plan, rows: Sequence[Sequence[Seen]], device: torch.device) -> PromptSelection:
+    """Ask the method about every item.
+
+    Args:
+        pruner: The method.
+        plan: Promised counts for these rows.
+        rows: Observed items per prompt.
+        device: Where the language model's embeddings live.
+
+    Raises:
+        SelectionError: The method broke its promise.
+    """
+    counts = plan.row_counts([[seen.item.size for seen in row] for row in rows])
+    flags: dict[Modality, list[list[torch.Tensor]]] = {}
+    merged: dict[Modality, list[list[torch.Tensor | None]]] = {}
+    kept = []
+    for modality in ("image", "video"):
+        flags[modality], merged[modality] = [[] for _ in rows], [[] for _ in rows]
+    for index, (row, row_counts) in enumerate(zip(rows, counts, strict=True)):
+        for order, (seen, count) in enumerate(zip(row, row_counts, strict=True)):
+            flag, values = _select_item(pruner, seen, order, count)
+            flags[seen.item.modality][index].append(flag.to(device))
+            merged[seen.item.modality][index].append(None if values is None else values.to(device))
+            kept.append(flag.sum().to(device))
+    keep: dict[Modality, torch.Tensor] = {}
+    replaced: dict[Modality, tuple[torch.Tensor, torch.Tensor]] = {}
+    for modality, per_row in flags.items():
+        if any(per_row):
+            keep[modality] = _pad(
+                [torch.cat(row) if row else torch.zeros(0, dtype=torch.bool, device=device) for row in per_row]
+            )
+            if any(values is not None for row in merged[modality] for values in row):
+                replaced[modality] = _overlay(per_row, merged[modality], keep[modality])
+    return PromptSelection(plan, keep, replaced, torch.stack(kept))
+
+
+def _select_item(pruner: Pruner, seen: Seen, order: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    item = seen.item
+    if count == item.size:  # keeping all is not a question to ask: the unpatched model is the answer
+        return torch.ones(item.size, dtype=torch.bool), None
+    device = seen.features.device
+    chosen = pruner.select(Context(item, seen.attention, seen.features, order, device), count)
+    flag = torch.zeros(item.size, dtype=torch.bool, device=device).index_fill_(0, chosen.keep, True)
+    return flag, chosen.values
+
+
+def _pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def _overlay(
+    flags: Sequence[Sequence[torch.Tensor]], values: Sequence[Sequence[torch.Tensor | None]], keep: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    width = next(v.shape[-1] for row in values for v in row if v is not None)
+    some = next(v for row in values for v in row if v is not None)
+    table = torch.zeros(*keep.shape, width, dtype=some.dtype, device=keep.device)
+    where = torch.zeros_like(keep)
+    for index, (row_flags, row_values) in enumerate(zip(flags, values, strict=True)):
+        start = 0
+        for flag, value in zip(row_flags, row_values, strict=True):
+            stop = start + len(flag)
+            if value is not None:
+                table[index, start:stop][flag] = value
+                where[index, start:stop] = flag
+            start = stop
+    return table, where

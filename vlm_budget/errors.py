@@ -1,0 +1,43 @@
+"""Every error a user can meet, in one place.
+
+Each message says what was got, what was expected and what to do. All of them derive from :class:`VLMBudgetError`, and
+from the builtin that fits, so that ``except ValueError`` keeps working for callers who do not know this library.
+"""
+
+from __future__ import annotations
+
+
+class VLMBudgetError(Exception):
+    """Base of all errors raised by vlm-budget."""
+
+
+class BudgetError(VLMBudgetError, ValueError):
+    """A budget that cannot be parsed, or cannot be met by the input at hand."""
+
+
+class PlanError(VLMBudgetError, ValueError):
+    """A plan that is malformed, or does not fit the input it is applied to."""
+
+
+class LayoutError(VLMBudgetError, ValueError):
+    """Visual tokens and what the processor announced do not agree."""
+
+
+class SelectionError(VLMBudgetError, RuntimeError):
+    """A method returned something other than the tokens it promised."""
+
+
+class PatchError(VLMBudgetError, RuntimeError):
+    """A patch that cannot be applied, undone or used in this way."""
+
+
+class UnsupportedModelError(VLMBudgetError, TypeError):
+    """No family knows this model class."""
+
+
+class UnknownNameError(VLMBudgetError, LookupError):
+    """A name that no registry holds."""
+
+
+class ImageError(VLMBudgetError, ValueError):
+    """An image file that cannot be used: missing, empty, truncated, or far too large."""

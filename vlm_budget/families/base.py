@@ -1,0 +1,206 @@
+"""What the engine must know about a family of VLMs.
+
+A family answers where things are (towers, decoder, placeholders) and how the model packs its visual tokens; it never
+prunes. Most families are the class attributes below and one method, :meth:`Family.items`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..errors import LayoutError, PatchError
+from ..layout import Modality, Partition, PartitionKind, VisualItem
+from ..pruner import Tower
+
+_PIXELS: dict[Modality, tuple[str, ...]] = {
+    "image": ("pixel_values", "image_hidden_states"),
+    "video": ("pixel_values_videos",),
+}
+
+
+class Family:
+    """Base of all families: the answers for "patch encoder, projector, decoder" models such as LLaVA.
+
+    Attributes:
+        models: Names of the transformers classes, outer and inner.
+        encoders: Per modality, the method of the inner model that encodes it.
+        mrope: Position ids have several axes, so kept tokens always keep their original positions.
+        cls: The vision tower has a class token.
+    """
+
+    models: ClassVar[tuple[str, ...]] = ()
+    encoders: ClassVar[Mapping[Modality, str]] = {"image": "get_image_features"}
+    mrope: ClassVar[bool] = False
+
+    # --- where things are ------------------------------------------------------------------------------------------
+
+    def base(self, model: nn.Module) -> nn.Module:
+        """The inner model that holds vision tower and language model."""
+        return model.model if type(model).__name__.endswith("ForConditionalGeneration") else model  # type: ignore[return-value]
+
+    def language_model(self, base: nn.Module) -> nn.Module:
+        """The decoder whose inputs are shortened."""
+        return base.language_model  # type: ignore[return-value]
+
+    def vision_tower(self, base: nn.Module) -> nn.Module:
+        """The patch encoder."""
+        return base.vision_tower  # type: ignore[return-value]
+
+    def vision_layers(self, base: nn.Module) -> Sequence[nn.Module]:
+        """The transformer layers of the vision tower."""
+        tower = self.vision_tower(base)
+        inner = getattr(tower, "vision_model", tower)
+        return inner.encoder.layers  # type: ignore[return-value]
+
+    def vision_attention(self, base: nn.Module, layer: int) -> nn.Module:
+        """The attention module of a vision layer.
+
+        Raises:
+            PatchError: There is no such layer.
+        """
+        layers = self.vision_layers(base)
+        if not 0 <= layer < len(layers):
+            raise PatchError(f"the vision tower has layers 0 to {len(layers) - 1}, there is no layer {layer}")
+        return self.layer_attention(layers[layer])
+
+    def layer_attention(self, layer: nn.Module) -> nn.Module:
+        """The attention module inside a vision layer."""
+        return layer.self_attn  # type: ignore[return-value]
+
+    def tower(self, base: nn.Module) -> Tower:
+        """What methods may know about the vision tower."""
+        layers = len(self.vision_layers(base))
+        return Tower(layers, self.feature_layer(base.config, layers), self.has_cls(base))
+
+    def feature_layer(self, config: Any, layers: int) -> int:
+        """0-based index of the layer whose output the language model gets (the deepest, if several)."""
+        chosen = getattr(config, "vision_feature_layer", -1)
+        indices = [chosen] if isinstance(chosen, int) else list(chosen)
+        # hidden_states[0] is the embedding, hidden_states[i] the output of layer i - 1.
+        return max((i - 1 if i >= 0 else layers + i) for i in indices)
+
+    def has_cls(self, base: nn.Module) -> bool:
+        """The vision tower has a class token in front."""
+        tower = self.vision_tower(base)
+        embeddings = getattr(getattr(tower, "vision_model", tower), "embeddings", None)
+        return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
+
+    def token_ids(self, config: Any) -> dict[Modality, int]:
+        """Placeholder token per modality."""
+        found: dict[Modality, int] = {}
+        for modality in self.encoders:
+            for name in (f"{modality}_token_id", f"{modality}_token_index"):
+                if getattr(config, name, None) is not None:
+                    found[modality] = getattr(config, name)
+        return found
+
+    def given_modalities(self, kwargs: Mapping[str, Any]) -> list[Modality]:
+        """Modalities this call of the inner model brings: as pixels, or encoded before (transformers >= 5.19)."""
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        return [
+            modality
+            for modality in self.encoders
+            if encoded.get(modality) is not None or any(kwargs.get(name) is not None for name in _PIXELS[modality])
+        ]
+
+    def encoder_inputs(self, modality: Modality, inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """Processor output under the names of the encoder's parameters."""
+        chosen = {name: inputs[name] for name in names if inputs.get(name) is not None}
+        if modality == "video" and "pixel_values" in names:
+            chosen["pixel_values"] = inputs["pixel_values_videos"]
+        return chosen
+
+    # --- how tokens are packed -------------------------------------------------------------------------------------
+
+    def items(self, base: nn.Module, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
+        """Layout of every image or video of an encoder call, from the processor's inputs alone.
+
+        Args:
+            base: The inner model.
+            modality: Which encoder is called.
+            inputs: Its arguments by name.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement items()")
+
+    def features(
+        self, base: nn.Module, modality: Modality, output: Any, items: Sequence[VisualItem]
+    ) -> list[torch.Tensor]:
+        """The encoder's output per item, [n, D] in token order.
+
+        Raises:
+            LayoutError: Its length is not what the items say.
+        """
+        packed = flatten_features(getattr(output, "pooler_output", output))
+        sizes = [item.size for item in items]
+        if len(packed) != sum(sizes):
+            raise LayoutError(
+                f"{type(base).__name__} encoded {len(packed)} {modality} tokens, its layout says {sizes}. This is a bug "
+                "in the family, or a transformers version it does not know."
+            )
+        return list(packed.split(sizes))
+
+    def token_attention(
+        self,
+        base: nn.Module,
+        modality: Modality,
+        kind: str,
+        calls: Sequence[torch.Tensor],
+        items: Sequence[VisualItem],
+        inputs: Mapping[str, Any],
+    ) -> list[list[torch.Tensor]]:
+        """Probe rows as scores of tokens.
+
+        Args:
+            base: The inner model.
+            modality: Which encoder ran.
+            kind: ``"cls"`` or ``"received"``.
+            calls: [P, N] rows over the tower's own sequence (class token included), one tensor per call of the module.
+            items: The layout of the call.
+            inputs: The encoder's arguments by name.
+
+        Returns:
+            Per item, per partition, [rows * cols] float32.
+        """
+        rows = torch.cat(list(calls))
+        patches = rows[:, 1:] if self.has_cls(base) else rows
+        tokens = self.pool_attention(base, modality, patches)
+        count = sum(len(item.partitions) for item in items)
+        if len(tokens) < count:
+            raise LayoutError(f"the vision tower saw {len(tokens)} partitions, the layout has {count}")
+        queue = iter(tokens)
+        return [[next(queue) for _ in item.partitions] for item in items]
+
+    def pool_attention(self, base: nn.Module, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
+        """[P, N] scores of tower patches to [P, T] scores of tokens; models that merge patches average their scores."""
+        return patches
+
+
+def flatten_features(features: Any) -> torch.Tensor:
+    """Encoder output in any of transformers' containers to [N, D]."""
+    if isinstance(features, torch.Tensor):
+        return features.reshape(-1, features.shape[-1])
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
+
+
+def grid_item(modality: Modality, partitions: Sequence[Partition]) -> VisualItem:
+    """An item whose tokens are its partitions' grids one after the other, with no separators."""
+    sizes = [grid.rows * grid.cols for grid in partitions]
+    partition = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    patch = torch.cat([torch.arange(size) for size in sizes])
+    return VisualItem(modality, tuple(partitions), partition, patch, torch.full_like(patch, -1))
+
+
+def square_item(kind: PartitionKind, side: int) -> VisualItem:
+    """An image that is one square grid."""
+    return grid_item("image", [Partition(kind, side, side)])
+
+
+def mean_pool(scores: torch.Tensor, side: int, factor: int) -> torch.Tensor:
+    """[P, side * side] patch scores to [P, (side // factor) ** 2] means of ``factor x factor`` neighbourhoods."""
+    small = side // factor
+    blocks = scores.reshape(-1, small, factor, small, factor)
+    return blocks.mean((2, 4)).reshape(-1, small * small)

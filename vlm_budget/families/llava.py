@@ -1,0 +1,27 @@
+"""LLaVA-1.5 and its kin: one square image per placeholder run, CLIP tower, no separators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..layout import Modality, VisualItem
+from .base import Family, square_item
+
+
+class Llava(Family):
+    """``LlavaForConditionalGeneration`` with a fixed-resolution tower."""
+
+    models = ("LlavaForConditionalGeneration", "LlavaModel")
+
+    def items(self, base: nn.Module, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
+        """One square grid per image."""
+        height, width = inputs["pixel_values"].shape[-2:]
+        patch = base.config.vision_config.patch_size
+        if height != width:
+            from ..errors import LayoutError
+
+            raise LayoutError(f"LLaVA images are square, got pixels of {height} x {width}")
+        return [square_item("image", height // patch) for _ in range(len(inputs["pixel_values"]))]

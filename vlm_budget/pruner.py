@@ -1,0 +1,211 @@
+"""The base of every method: what it may see, what it returns, and all that methods must not differ on.
+
+A method is a frozen dataclass whose fields are its configuration, with one small function, :meth:`Pruner.pick`, that
+sees one item at a time. The base owns the newline policy, the order and the exact count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from .errors import BudgetError, SelectionError
+
+if TYPE_CHECKING:
+    from .budget import Budget
+    from .layout import VisualItem
+
+Positions = Literal["packed", "original"]
+Newline = Literal["drop", "keep_all", "keep_used_rows"]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What a method may know about the vision tower.
+
+    Attributes:
+        layers: Number of transformer layers.
+        feature_layer: 0-based index of the layer whose output the language model gets (-2 of 24 hidden layers is 22).
+        has_cls: The tower has a class token.
+    """
+
+    layers: int
+    feature_layer: int
+    has_cls: bool
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A need: attention mass per token at one layer of the vision tower, mean over heads.
+
+    Attributes:
+        layer: 0-based layer index.
+        kind: ``"cls"`` is the class token's softmax row; ``"received"`` the column mean of the attention map.
+    """
+
+    layer: int
+    kind: Literal["cls", "received"]
+
+
+def saliency(tower: Tower, layer: int) -> Attention:
+    """The CLS row where the tower has a class token, else received attention."""
+    return Attention(layer, "cls" if tower.has_cls else "received")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method sees of one item.
+
+    Attributes:
+        item: Geometry of the item's tokens.
+        attention: For every need the method named, one [T] float32 tensor per partition, ``T = rows * cols``.
+        features: [n, D] features as the language model gets them, in the item's token order.
+        order: Position of the item among the items of its prompt (not of the batch, so that a batch of prompts equals
+            the single prompts).
+        device: Where scores and the selection live.
+    """
+
+    item: VisualItem
+    attention: Mapping[Attention, Sequence[torch.Tensor]]
+    features: torch.Tensor
+    order: int
+    device: torch.device
+
+    def token_scores(self, need: Attention) -> torch.Tensor:
+        """[n] float32 scores in token order; ``-inf`` for separators."""
+        flat = torch.cat(list(self.attention[need]))
+        sizes = torch.tensor([0] + [grid.rows * grid.cols for grid in self.item.partitions]).cumsum(0)
+        index = (sizes[self.item.partition] + self.item.patch).clamp_min(0).to(flat.device)
+        separator = (self.item.partition < 0).to(flat.device)
+        return flat[index].masked_fill(separator, float("-inf"))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a method returns for one item.
+
+    Attributes:
+        keep: [k] int64 positions in the item, ascending.
+        values: [k, D] embeddings that replace the kept tokens (merging methods), or None.
+    """
+
+    keep: torch.Tensor
+    values: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner:
+    """Base of all methods. Fields are the configuration; ``str()`` reproduces it.
+
+    Attributes:
+        positions: ``"packed"`` renumbers the kept tokens without gaps; ``"original"`` keeps each token's position id.
+            Models with M-RoPE always use the original positions.
+        newline: What happens to row separators, which count towards the budget when kept. ``"drop"`` keeps them only
+            when the budget exceeds the number of patch tokens; ``"keep_all"`` reserves room for every one;
+            ``"keep_used_rows"`` for those of the rows that keep a patch.
+    """
+
+    positions: Positions = "packed"
+    newline: Newline = "drop"
+
+    stage: ClassVar[str] = "vision"
+    paper: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Check the common fields."""
+        for name, allowed in (
+            ("positions", ("packed", "original")),
+            ("newline", ("drop", "keep_all", "keep_used_rows")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+    def needs(self, tower: Tower) -> tuple[Attention, ...]:
+        """The attention scores the method wants from the vision tower."""
+        return ()
+
+    def pick(self, ctx: Context, k: int) -> torch.Tensor | Selection:
+        """Choose ``k`` of the item's candidates.
+
+        Args:
+            ctx: The item.
+            k: How many, between 1 and ``len(ctx.item.candidates)``.
+
+        Returns:
+            [k] distinct positions in the item, in any order, or a :class:`Selection` when embeddings are merged.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement pick()")
+
+    def tokens(self, budget: Budget, items: Sequence[VisualItem]) -> int:
+        """How many tokens a prompt may keep. Ratios are of its unpruned visual tokens."""
+        return budget.tokens(sum(item.size for item in items), len(items))
+
+    def select(self, ctx: Context, k: int) -> Selection:
+        """Choose exactly ``k`` tokens of the item, newline policy included.
+
+        Raises:
+            BudgetError: ``newline="keep_all"`` leaves no room for a patch token.
+            SelectionError: :meth:`pick` broke its promise.
+        """
+        item = ctx.item
+        separators = item.separators.to(ctx.device)
+        available = item.size - len(separators)
+        if self.newline == "drop" or not len(separators):
+            patches = min(k, available)
+            chosen = self._checked_pick(ctx, patches)
+            return self._with_separators(ctx, chosen, separators[: k - patches], k)
+        if self.newline == "keep_all":
+            if k <= len(separators):
+                raise BudgetError(
+                    f"newline='keep_all' keeps {len(separators)} row separators, which leaves none of {k} tokens for "
+                    f"the picture. The nearest feasible count is {len(separators) + 1}; or use newline='drop'."
+                )
+            return self._with_separators(ctx, self._checked_pick(ctx, k - len(separators)), separators, k)
+        return self._select_used_rows(ctx, separators, k, available)
+
+    def _select_used_rows(self, ctx: Context, separators: torch.Tensor, k: int, available: int) -> Selection:
+        line = ctx.item.line.to(ctx.device)
+        patches = min(k, available)
+        # Each round leaves room for the rows the last choice used; fewer patches never need more rows for long, so
+        # this ends after a few rounds. What the last round left over goes to the separators of unused rows.
+        while True:
+            chosen = self._checked_pick(ctx, patches)
+            used = torch.isin(line[separators], line[chosen.keep])
+            room = k - patches
+            if int(used.sum()) <= room or patches == 1:
+                ranked = separators[torch.argsort(~used, stable=True)]
+                return self._with_separators(ctx, chosen, ranked[:room], k)
+            patches = max(1, min(patches - 1, k - int(used.sum())))
+
+    def _checked_pick(self, ctx: Context, k: int) -> Selection:
+        if k == 0:
+            return Selection(torch.empty(0, dtype=torch.long, device=ctx.device))
+        picked = self.pick(ctx, k)
+        selection = picked if isinstance(picked, Selection) else Selection(picked)
+        keep = selection.keep.to(ctx.device)
+        if keep.ndim != 1 or len(keep) != k or keep.dtype != torch.long:
+            raise SelectionError(f"{self} promised {k} positions, returned {tuple(keep.shape)} of {keep.dtype}")
+        order = keep.argsort()
+        values = None if selection.values is None else selection.values[order]
+        return Selection(keep[order], values)
+
+    def _with_separators(self, ctx: Context, chosen: Selection, extra: torch.Tensor, k: int) -> Selection:
+        if not len(extra):
+            return chosen
+        keep, order = torch.cat([chosen.keep, extra]).sort()
+        values = None
+        if chosen.values is not None:
+            values = torch.cat([chosen.values, ctx.features[extra].to(chosen.values)])[order]
+        return Selection(keep, values)
+
+    def __str__(self) -> str:
+        """The constructor call that makes an equal pruner, leaving out defaults."""
+        changed = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})"

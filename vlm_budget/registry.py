@@ -1,0 +1,118 @@
+"""Names to objects, loaded on first use.
+
+A registry line is all that makes a method or a family known: listing, suggestions, the command line and the contract
+tests read these tables. Targets are strings, so the core never imports a method (DESIGN: imports point down only).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from .errors import UnknownNameError
+
+
+class Registry:
+    """A table of lazily imported classes.
+
+    Args:
+        kind: What the entries are, for messages ("method", "family").
+        base: ``"module:Class"`` that every entry must subclass; checked when an entry is first loaded.
+        entries: Name to ``"module:Class"``.
+    """
+
+    def __init__(self, kind: str, base: str, entries: dict[str, str]) -> None:
+        self.kind = kind
+        self._base = base
+        self._targets = dict(entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._targets))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._targets
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._targets)
+
+    def register(self, name: str, target: str) -> None:
+        """Add an entry, for third-party methods and families.
+
+        Raises:
+            ValueError: The name is taken by another target, or the target is not ``"module:Class"``.
+        """
+        if target.count(":") != 1:
+            raise ValueError(f"{self.kind} target must be 'module:Class', got {target!r}")
+        if self._targets.get(name, target) != target:
+            raise ValueError(f"{self.kind} {name!r} is already registered as {self._targets[name]!r}")
+        self._targets[name] = target
+
+    def get(self, name: str) -> type[Any]:
+        """The class behind a name.
+
+        Raises:
+            UnknownNameError: No such name; the message suggests the nearest ones.
+            TypeError: The target is not a subclass of the registry's base.
+        """
+        if name not in self._targets:
+            near = difflib.get_close_matches(str(name).lower(), self._targets, n=3, cutoff=0.5)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise UnknownNameError(f"unknown {self.kind} {name!r}.{hint} Available: {', '.join(self.names())}.")
+        found = _load(self._targets[name])
+        if not (isinstance(found, type) and issubclass(found, _load(self._base))):
+            raise TypeError(f"{self.kind} {name!r} ({self._targets[name]}) is not a subclass of {self._base}")
+        return found
+
+    def name_of(self, cls: type) -> str | None:
+        """The name a class is registered under, or None."""
+        target = f"{cls.__module__}:{cls.__qualname__}"
+        return next((name for name, known in self._targets.items() if known == target), None)
+
+
+def _load(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+PRUNERS = Registry(
+    "method",
+    "vlm_budget.pruner:Pruner",
+    {
+        "cls_topk": "vlm_budget.pruners.cls_topk:ClsTopK",
+        "hired": "vlm_budget.pruners.hired:HiRED",
+        "random": "vlm_budget.pruners.random:Random",
+        "uniform": "vlm_budget.pruners.uniform:Uniform",
+    },
+)
+
+FAMILIES = Registry(
+    "family",
+    "vlm_budget.families.base:Family",
+    {
+        "gemma3": "vlm_budget.families.gemma3:Gemma3",
+        "idefics3": "vlm_budget.families.idefics3:Idefics3",
+        "internvl": "vlm_budget.families.internvl:InternVL",
+        "llava": "vlm_budget.families.llava:Llava",
+        "llava_next": "vlm_budget.families.llava_next:LlavaNext",
+        "llava_next_video": "vlm_budget.families.llava_next_video:LlavaNextVideo",
+        "llava_onevision": "vlm_budget.families.llava_onevision:LlavaOnevision",
+        "paligemma": "vlm_budget.families.paligemma:PaliGemma",
+        "qwen2_5_vl": "vlm_budget.families.qwen2_5_vl:Qwen25VL",
+        "qwen2_vl": "vlm_budget.families.qwen2_vl:Qwen2VL",
+        "qwen3_vl": "vlm_budget.families.qwen3_vl:Qwen3VL",
+        "smolvlm": "vlm_budget.families.smolvlm:SmolVLM",
+    },
+)
+
+
+def list_methods() -> list[str]:
+    """Names of all pruning methods, for ``patch(model, name)``."""
+    return PRUNERS.names()
+
+
+def list_families() -> list[str]:
+    """Names of all supported model families."""
+    return FAMILIES.names()

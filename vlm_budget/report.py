@@ -1,0 +1,97 @@
+"""What a patched model did with its last prompt."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Report:
+    """The account of one prompt pass: a forward, or a ``generate`` from prefill to last token.
+
+    Attributes:
+        method: ``str()`` of the method.
+        budget: The budget as text.
+        positions: ``"packed"`` or ``"original"``, as used.
+        plan: Counts per image and video; empty for a text-only prompt.
+        encode_ms: Vision tower, projector and score probes.
+        select_ms: Choosing the tokens.
+        compact_ms: Gathering embeddings, positions and masks, and growing the output back.
+        prefill_ms: Language model over the prompt (all chunks).
+        decode_steps: Language model calls after the prompt.
+        decode_ms_per_token: Mean time of these calls; None without any.
+        kv_bytes: Cache held by the kept prompt; 0 without a cache.
+        kv_bytes_unpruned: What the unpruned prompt would hold.
+    """
+
+    method: str
+    budget: str
+    positions: str
+    plan: Plan
+    encode_ms: float
+    select_ms: float
+    compact_ms: float
+    prefill_ms: float
+    decode_steps: int
+    decode_ms_per_token: float | None
+    kv_bytes: int
+    kv_bytes_unpruned: int
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of the prompt before pruning."""
+        return self.plan.total
+
+    @property
+    def kept_tokens(self) -> int:
+        """Visual tokens the language model saw."""
+        return self.plan.keep
+
+    @property
+    def text_only(self) -> bool:
+        """The prompt had no visual tokens and ran unpruned."""
+        return not self.plan.items
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            **asdict(self),
+            "visual_tokens": self.visual_tokens,
+            "kept_tokens": self.kept_tokens,
+            "text_only": self.text_only,
+        }
+
+    def table(self) -> Table:
+        """The report as a rich table: ``rich.print(report.table())``."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.method} at {self.budget}", show_header=False)
+        for name, value in self._rows():
+            table.add_row(name, value)
+        return table
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = [("visual tokens", "none: text-only prompt, ran unpruned")] if self.text_only else []
+        for item in self.plan.items:
+            rows.append((f"prompt {item.row}, {item.modality}", f"{item.keep} of {item.total} tokens"))
+        decode = "-" if self.decode_ms_per_token is None else f"{self.decode_ms_per_token:.2f} ms per token"
+        return [
+            *rows,
+            ("positions", self.positions),
+            ("encode", f"{self.encode_ms:.2f} ms"),
+            ("select", f"{self.select_ms:.2f} ms"),
+            ("compact", f"{self.compact_ms:.2f} ms"),
+            ("prefill", f"{self.prefill_ms:.2f} ms"),
+            ("decode", f"{decode} ({self.decode_steps} steps)"),
+            ("KV cache of the prompt", f"{self.kv_bytes:,} of {self.kv_bytes_unpruned:,} bytes"),
+        ]
+
+    def __str__(self) -> str:
+        """The rows as plain text."""
+        return "\n".join([f"{self.method} at {self.budget}", *(f"  {name}: {value}" for name, value in self._rows())])

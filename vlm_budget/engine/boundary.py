@@ -338,7 +338,8 @@ class Boundary:
         promised = [item.keep for item in selection.plan.items]
         if facts[2:] != promised:
             raise SelectionError(f"{self.pruner} promised {promised} tokens and kept {facts[2:]}")
-        return compact(keep, facts[0], bool(facts[1])), tail
+        # A chunk of a chunked prefill may lose all its tokens; one padding slot keeps shapes legal.
+        return compact(keep, max(facts[0], 1), bool(facts[1])), tail
 
     def _new_positions(
         self, positions: torch.Tensor, compaction: Compaction, valid: torch.Tensor, shift: torch.Tensor

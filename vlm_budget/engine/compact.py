@@ -58,7 +58,7 @@ def compact(keep: torch.Tensor, slots: int, right_padded: bool) -> Compaction:
         right_padded: Rows shorter than ``slots`` are padded on the right, else on the left.
     """
     # A stable sort of the flags lists survivors in order, at the end that the padding leaves free.
-    order = keep.to(torch.uint8).argsort(1, stable=True, descending=right_padded)
+    order = keep.to(torch.uint8).argsort(dim=1, stable=True, descending=right_padded)
     index = order[:, :slots] if right_padded else order[:, order.shape[1] - slots :]
     return Compaction(index, keep.gather(1, index), keep, keep.shape[1])
 

@@ -20,7 +20,8 @@ class Report:
         budget: The budget as text.
         positions: ``"packed"`` or ``"original"``, as used.
         plan: Counts per image and video; empty for a text-only prompt.
-        encode_ms: Vision tower, projector and score probes.
+        encode_ms: Vision tower and projector, score probes included.
+        probe_ms: The probes' part of it: computing attention rows.
         select_ms: Choosing the tokens.
         compact_ms: Gathering embeddings, positions and masks, and growing the output back.
         prefill_ms: Language model over the prompt (all chunks).
@@ -35,6 +36,7 @@ class Report:
     positions: str
     plan: Plan
     encode_ms: float
+    probe_ms: float
     select_ms: float
     compact_ms: float
     prefill_ms: float
@@ -84,7 +86,7 @@ class Report:
         return [
             *rows,
             ("positions", self.positions),
-            ("encode", f"{self.encode_ms:.2f} ms"),
+            ("encode", f"{self.encode_ms:.2f} ms, of it probes {self.probe_ms:.2f} ms"),
             ("select", f"{self.select_ms:.2f} ms"),
             ("compact", f"{self.compact_ms:.2f} ms"),
             ("prefill", f"{self.prefill_ms:.2f} ms"),

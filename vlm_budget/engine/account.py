@@ -10,7 +10,7 @@ from ..report import Report
 from .cache import cache_state
 from .clock import Interval, total_ms
 
-STAGES = ("encode", "select", "compact", "prefill", "decode")
+STAGES = ("encode", "probe", "select", "compact", "prefill", "decode")
 
 
 @dataclass(eq=False)
@@ -43,6 +43,7 @@ class Account:
             positions=positions,
             plan=self.plan or Plan(method, budget, (), 0),
             encode_ms=ms["encode"],
+            probe_ms=ms["probe"],
             select_ms=ms["select"],
             compact_ms=ms["compact"],
             prefill_ms=ms["prefill"],

@@ -21,6 +21,13 @@ from ..layout import Modality, VisualLayout
 from ..plan import Plan
 from ..pruner import Pruner
 from .account import Account
+from .arguments import (
+    full_positions,
+    grow_output,
+    past_columns_valid,
+    renumber_cache_position,
+    shorten_deepstack,
+)
 from .cache import CacheState, cache_state, set_cache_state
 from .clock import Interval
 from .compact import Compaction, compact, packed_positions
@@ -112,7 +119,9 @@ class Boundary:
         if hasattr(output, "pooler_output"):
             # Tie the scores to the features: whoever passes these features to a later call gets their scores.
             setattr(output, _SEEN, seen)
-        self._account().stages["encode"].append(interval.stop())
+        stages = self._account().stages
+        stages["encode"].append(interval.stop())
+        stages["probe"] += self.observer.probe_intervals()
         return output
 
     # --- outer model -----------------------------------------------------------------------------------------------
@@ -182,7 +191,7 @@ class Boundary:
         if cache is not None and pending.prompt:
             account.note_cache(cache, _length(cache))
         if pending.compaction is not None:
-            _grow_output(output, pending.compaction)
+            grow_output(output, pending.compaction)
             account.stages["compact"].append(interval.stop())
         return output
 
@@ -288,28 +297,28 @@ class Boundary:
             if past == 0
             else new_columns_valid(padding_mask(mask, outer), None, batch, length, device)
         )
-        past_valid = _past_valid(earlier, padding_mask(mask, outer), past, length, batch, device)
+        past_valid = past_columns_valid(earlier, padding_mask(mask, outer), past, length, batch, device)
         shift = earlier.shift.to(device) if earlier is not None else torch.zeros(batch, dtype=torch.long, device=device)
-        positions = _positions(kwargs.get("position_ids"), past, batch, length, device)
+        positions = full_positions(kwargs.get("position_ids"), past, batch, length, device)
 
         if selection is None or selection.keeps_all:
             lowered = positions - shift[:, None] if self.positions == "packed" else positions
             new["position_ids"] = lowered
             new["attention_mask"] = torch.cat([past_valid, valid], 1).long()
-            _renumber(new, past_valid.shape[1], length, device)
+            renumber_cache_position(new, past_valid.shape[1], length, device)
             return new, None, None
 
         keep, embeds = self._kept_columns(selection, visual, embeds)
         compaction, tail = self._compaction(selection, keep & valid, valid, length)
         new["inputs_embeds"] = compaction.take(embeds) * compaction.valid[..., None].to(embeds.dtype)
         new["position_ids"], shift = self._new_positions(positions, compaction, valid, shift)
-        _shorten_deepstack(new, compaction)
+        shorten_deepstack(new, compaction)
         whole = torch.cat([past_valid, compaction.valid], 1)
         # Never None: without a mask transformers reads gaps in position ids as packed sequences, and blocks attention.
         ready_made = is_square(mask) and not past
         static = bool(getattr(cache, "is_compileable", False))
         new["attention_mask"] = compact_square(mask, compaction, static) if ready_made else whole.long()
-        _renumber(new, past_valid.shape[1], compaction.slots, device)
+        renumber_cache_position(new, past_valid.shape[1], compaction.slots, device)
         return new, CacheState(past + length - whole.shape[1], whole, shift, tail), compaction
 
     def _kept_columns(
@@ -355,52 +364,3 @@ class Boundary:
 
 def _length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
-
-
-def _positions(given: Any, past: int, batch: int, length: int, device: torch.device) -> torch.Tensor:
-    if given is None:
-        return torch.arange(past, past + length, device=device)[None].expand(batch, length)
-    return given.expand(*given.shape[:-2], batch, length)
-
-
-def _past_valid(
-    earlier: CacheState | None, flat: torch.Tensor | None, past: int, length: int, batch: int, device: torch.device
-) -> torch.Tensor:
-    """[B, P] bool over the cache's physical columns."""
-    covers = flat is not None and flat.shape[1] >= past + length
-    flags = flat.bool().to(device).expand(batch, -1) if covers and flat is not None else None
-    if earlier is None:
-        return flags[:, :past] if flags is not None else torch.ones(batch, past, dtype=torch.bool, device=device)
-    since = past - earlier.virtual_length  # tokens appended since the last compaction
-    if since <= 0:
-        return earlier.valid.to(device)
-    added = (
-        flags[:, earlier.virtual_length : past]
-        if flags is not None
-        else torch.ones(batch, since, dtype=torch.bool, device=device)
-    )
-    return torch.cat([earlier.valid.to(device), added], 1)
-
-
-def _renumber(kwargs: dict[str, Any], start: int, count: int, device: torch.device) -> None:
-    if isinstance(kwargs.get("cache_position"), torch.Tensor):  # transformers 4.x
-        kwargs["cache_position"] = torch.arange(start, start + count, device=device)
-
-
-def _shorten_deepstack(kwargs: dict[str, Any], compaction: Compaction) -> None:
-    """Qwen3-VL adds one feature per visual token to the first layers: drop those of dropped tokens."""
-    mask = kwargs.get("visual_pos_masks")
-    if not isinstance(mask, torch.Tensor):
-        return
-    kept = compaction.keep.to(mask.device)[mask]
-    if kwargs.get("deepstack_visual_embeds") is not None:
-        kwargs["deepstack_visual_embeds"] = [e[kept.to(e.device)] for e in kwargs["deepstack_visual_embeds"]]
-    kwargs["visual_pos_masks"] = compaction.take(mask) & compaction.valid.to(mask.device)
-
-
-def _grow_output(output: Any, compaction: Compaction) -> None:
-    output.last_hidden_state = compaction.grow(output.last_hidden_state)
-    if getattr(output, "hidden_states", None) is not None:
-        output.hidden_states = tuple(
-            compaction.grow(h) if h.shape[1] == compaction.slots else h for h in output.hidden_states
-        )

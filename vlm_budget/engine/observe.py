@@ -11,6 +11,7 @@ from torch import nn
 from ..families.base import Family
 from ..layout import Modality
 from ..pruner import Attention
+from .clock import Interval
 from .probes import AttachedProbe, AttentionSink, attach
 from .selection import Observation
 
@@ -44,6 +45,10 @@ class Observer:
                 probe.detach()
             raise
         return probes
+
+    def probe_intervals(self) -> list[Interval]:
+        """What the probes of the last observed call on this thread took."""
+        return [interval for sink in self.sinks.values() for interval in sink.intervals]
 
     def observe(self, modality: Modality, call: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Observation]:
         """Run the encoder and account for what it showed.

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import PatchError
+from .clock import Interval
 from .local import CallLocal
 
 _PREFIX = "vlm_budget_probe|"
@@ -148,6 +149,7 @@ class AttentionSink:
     def start(self) -> None:
         """Begin to collect on this thread."""
         self._local.rows = {kind: [] for kind in self.kinds}
+        self._local.intervals = []
 
     def stop(self) -> dict[RowKind, list[torch.Tensor]]:
         """End collecting; per kind, the [B, L] float32 rows of each call of the module, in call order."""
@@ -155,8 +157,14 @@ class AttentionSink:
         self._local.rows = None
         return rows or {kind: [] for kind in self.kinds}
 
+    @property
+    def intervals(self) -> list[Interval]:
+        """What computing the rows took since :meth:`start`, on this thread."""
+        return getattr(self._local, "intervals", [])
+
     def record(self, query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float, packed: Any) -> None:
         """Compute the wanted rows of ``query`` [B, H, Lq, d] over ``key`` [B, Hkv, Lk, d]."""
+        interval = Interval(query.device)
         for kind in self.kinds:
             if kind == "received":
                 rows = _received_packed(query, key, mask, scaling, self.chunk, packed)
@@ -165,6 +173,7 @@ class AttentionSink:
                 part = _mask_rows(mask, index, index + 1, query, key, causal=kind == "last")
                 rows = attention_rows(query[:, :, index : index + 1], key, scaling, part).mean(1)[:, 0]
             self._local.rows[kind].append(rows)
+        self._local.intervals.append(interval.stop())
 
 
 def attention_rows(

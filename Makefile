@@ -1,0 +1,91 @@
+# Every target that needs packages makes its own .venv; `make gpu` alone uses the Python it finds.
+# With the root on sys.path our folders would be importable as `eval`, `video` and `triton_kernels`: keep it off.
+export PYTHONSAFEPATH := 1
+
+PYTHON ?= python3
+BIN    := .venv/bin
+CORE   := .venv/.core-installed
+DEV    := .venv/.dev-installed
+FLOOR  := .floor/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+
+# Two workers of one thread each; a bigger machine may say `make test WORKERS=8`.
+WORKERS ?= 2
+OUT     ?= benchmarks/results
+export OUT
+
+# The oldest supported transformers with what it needs and the newest transformers lacks.
+FLOOR_PINS := transformers==4.57.1 tokenizers==0.22.1 huggingface_hub==0.36.0 \
+              requests charset_normalizer urllib3 idna certifi
+FLOOR_TESTS ?= tests/contracts tests/core tests/pruners
+
+.PHONY: help setup lint type test test-floor test-gpu gpu bench docs demo clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(DEV)  ## make .venv with everything that linting and testing need
+
+$(CORE): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(DEV): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $(CORE) $@
+
+$(FLOOR): Makefile $(DEV)
+	rm -rf .floor
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .floor $(FLOOR_PINS)
+	@touch $@
+
+lint: $(DEV)  ## ruff, format, spelling, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(MAKE) type
+
+# mypy cannot follow an editable install's finder, so it reads the wheel a user would get.
+type: $(DEV)  ## mypy on the installed wheel, from outside the root
+	rm -rf build/lib build/bdist.* build/wheel build/typed
+	$(BIN)/python -m build --quiet --wheel --no-isolation --outdir build/wheel .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/typed build/wheel/*.whl
+	cd build/typed && MYPYPATH=. $(abspath $(BIN))/mypy --config-file ../../pyproject.toml \
+	    --cache-dir ../mypy-cache --package vlm_budget
+
+test: $(DEV)  ## all tests on the newest transformers, then the engine tests on the oldest
+	$(PYTEST) -n $(WORKERS)
+	$(MAKE) test-floor
+
+test-floor: $(FLOOR)  ## the engine tests on the oldest supported transformers
+	PYTHONPATH=.floor $(BIN)/python -c 'import transformers as t; assert t.__version__ == "4.57.1", t.__version__'
+	PYTHONPATH=$(CURDIR)/.floor $(PYTEST) -n $(WORKERS) $(FLOOR_TESTS)
+
+test-gpu: $(DEV)  ## the tests that need a CUDA device, in .venv
+	$(BIN)/pytest -m gpu
+
+# One command for a bare machine with an accelerator and no network: a tree of links stands for the installed package.
+gpu:  ## GPU tests and benchmarks with $(PYTHON) as it is; JSON into $OUT
+	rm -rf build/linked && mkdir -p build/linked/vlm_budget "$$OUT"
+	ln -s $(CURDIR)/vlm_budget/* build/linked/vlm_budget/
+	ln -s $(addprefix $(CURDIR)/,triton_kernels pruners video eval demos) build/linked/vlm_budget/
+	PYTHONPATH=$(CURDIR)/build/linked $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=$(CURDIR)/build/linked $(PYTHON) benchmarks/prefill.py --device cuda --out "$$OUT"
+
+bench: $(CORE)  ## time prefill on the CPU; JSON into $OUT
+	mkdir -p "$$OUT"
+	$(BIN)/python benchmarks/prefill.py --device cpu --out "$$OUT"
+
+docs: $(CORE)  ## write the generated tables anew from recorded results
+	$(BIN)/python -m vlm_budget.eval.nano.report
+	$(BIN)/python benchmarks/tables.py
+
+demo: $(CORE)  ## install the small core and show what a budget does
+	$(BIN)/vlm-budget demo
+
+clean:  ## remove everything that a target made
+	rm -rf .venv .floor build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

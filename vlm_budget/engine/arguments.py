@@ -1,0 +1,62 @@
+"""The language model's arguments and outputs, one by one, between the caller's coordinates and the physical ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .cache import CacheState
+from .compact import Compaction
+
+
+def full_positions(given: Any, past: int, batch: int, length: int, device: torch.device) -> torch.Tensor:
+    """[..., B, L] position ids, made up where the caller gave none."""
+    if given is None:
+        return torch.arange(past, past + length, device=device)[None].expand(batch, length)
+    return given.expand(*given.shape[:-2], batch, length)
+
+
+def past_columns_valid(
+    earlier: CacheState | None, flat: torch.Tensor | None, past: int, length: int, batch: int, device: torch.device
+) -> torch.Tensor:
+    """[B, P] bool over the cache's physical columns."""
+    covers = flat is not None and flat.shape[1] >= past + length
+    flags = flat.bool().to(device).expand(batch, -1) if covers and flat is not None else None
+    if earlier is None:
+        return flags[:, :past] if flags is not None else torch.ones(batch, past, dtype=torch.bool, device=device)
+    since = past - earlier.virtual_length  # tokens appended since the last compaction
+    if since <= 0:
+        return earlier.valid.to(device)
+    added = (
+        flags[:, earlier.virtual_length : past]
+        if flags is not None
+        else torch.ones(batch, since, dtype=torch.bool, device=device)
+    )
+    return torch.cat([earlier.valid.to(device), added], 1)
+
+
+def renumber_cache_position(kwargs: dict[str, Any], start: int, count: int, device: torch.device) -> None:
+    """Count cache slots physically, where transformers 4.x passes them."""
+    if isinstance(kwargs.get("cache_position"), torch.Tensor):
+        kwargs["cache_position"] = torch.arange(start, start + count, device=device)
+
+
+def shorten_deepstack(kwargs: dict[str, Any], compaction: Compaction) -> None:
+    """Qwen3-VL adds one feature per visual token to the first layers: drop those of dropped tokens."""
+    mask = kwargs.get("visual_pos_masks")
+    if not isinstance(mask, torch.Tensor):
+        return
+    kept = compaction.keep.to(mask.device)[mask]
+    if kwargs.get("deepstack_visual_embeds") is not None:
+        kwargs["deepstack_visual_embeds"] = [e[kept.to(e.device)] for e in kwargs["deepstack_visual_embeds"]]
+    kwargs["visual_pos_masks"] = compaction.take(mask) & compaction.valid.to(mask.device)
+
+
+def grow_output(output: Any, compaction: Compaction) -> None:
+    """Bring hidden states back to the caller's columns, in place."""
+    output.last_hidden_state = compaction.grow(output.last_hidden_state)
+    if getattr(output, "hidden_states", None) is not None:
+        output.hidden_states = tuple(
+            compaction.grow(h) if h.shape[1] == compaction.slots else h for h in output.hidden_states
+        )

@@ -23,7 +23,7 @@ from .layout import Modality, VisualItem, VisualLayout, group_rows
 from .plan import Plan
 from .pruner import Pruner
 from .registry import FAMILIES, PRUNERS
-from .report import Report
+from .report import KeptItem, Report
 
 _HANDLE = "_vlm_budget_handle"
 
@@ -76,12 +76,23 @@ class PatchHandle:
         Raises:
             PatchError: No prompt has run since the patch.
         """
-        boundary = self._boundary
-        account: Account | None = boundary.account
-        if account is None:
-            raise PatchError("nothing to report: no prompt has run through the patched model yet")
+        account, boundary = self._account(), self._boundary
         budget = boundary.budget.budget if isinstance(boundary.budget, Plan) else str(boundary.budget)
         return account.report(str(boundary.pruner), budget, boundary.positions)
+
+    def kept(self) -> tuple[KeptItem, ...]:
+        """Which visual tokens of its last prompt the model saw, per image and video; empty for a text-only prompt.
+
+        Raises:
+            PatchError: No prompt has run since the patch.
+        """
+        return self._account().kept()
+
+    def _account(self) -> Account:
+        account: Account | None = self._boundary.account
+        if account is None:
+            raise PatchError("nothing to report: no prompt has run through the patched model yet")
+        return account
 
     def plan(self, **inputs: Any) -> Plan:
         """The exact counts the budget means for an input, without running the model.

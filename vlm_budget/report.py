@@ -10,6 +10,23 @@ from .plan import Plan
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from .layout import VisualItem
+
+
+@dataclass(frozen=True, eq=False)
+class KeptItem:
+    """Which tokens of one image or video the language model saw.
+
+    Attributes:
+        row: Batch row.
+        item: Where every token of the item stands in the picture.
+        positions: Positions of the kept tokens among the item's tokens, ascending.
+    """
+
+    row: int
+    item: VisualItem
+    positions: tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Report:

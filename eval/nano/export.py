@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from vlm_budget.eval.nano.modeling import build_processor
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import LlavaNextForConditionalGeneration
 
 WEIGHTS = "model.safetensors"
 _TOWER, _RELEASED_TOWER = "model.vision_tower.", "model.vision_tower.vision_model."
@@ -31,7 +31,7 @@ def _rewrite(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({k: v for k, v in settings.items() if v is not None}, indent=2, sort_keys=True) + "\n")
 
 
-def save(model: nn.Module, folder: Path) -> None:
+def save(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
     """Write weights (fp32), configuration, generation settings, processor and tokenizer to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {_released(name): tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}

@@ -80,14 +80,17 @@ class StageConfig:
 class Stage:
     """One stage: a module to train, and the loss of step ``t``.
 
-    Subclasses define `module` (trained and checkpointed), `prepare` (tensors of a shard) and `loss`.
+    Subclasses set `module` (trained and checkpointed) and define `prepare` (tensors of a shard) and `loss`.
     """
 
     name: str
     module: nn.Module
 
-    def __init__(self, config: StageConfig, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, model: LlavaNextForConditionalGeneration, config: StageConfig, seed: int, device: torch.device
+    ) -> None:
         self.config, self.seed, self.device = config, seed, device
+        self.model = model.to(device)
         self._shard_index = -1
         self.scenes: list[Scene] = []
 
@@ -125,11 +128,12 @@ class VisionStage(Stage):
     def __init__(
         self, model: LlavaNextForConditionalGeneration, config: StageConfig, seed: int, device: torch.device
     ) -> None:
-        super().__init__(config, seed, device)
-        tower = model.model.vision_tower
-        width = tower.config.hidden_size
-        patch, summary = nn.Linear(width, KINDS + len(COLORS) + 1), nn.Linear(width, SUMMARY)
-        self.module = nn.ModuleDict({"tower": tower, "patch": patch, "summary": summary}).to(device)
+        super().__init__(model, config, seed, device)
+        self.tower = self.model.model.vision_tower
+        width = self.tower.config.hidden_size
+        self.patch, self.summary = nn.Linear(width, KINDS + len(COLORS) + 1), nn.Linear(width, SUMMARY)
+        heads = {"patch": self.patch, "summary": self.summary}
+        self.module = nn.ModuleDict({"tower": self.tower} | heads).to(device)
         self.kind_weight = torch.ones(KINDS, device=device)
         self.kind_weight[BACKGROUND] = _BACKGROUND_WEIGHT
         self.color_weight = torch.ones(len(COLORS) + 1, device=device)
@@ -147,13 +151,13 @@ class VisionStage(Stage):
         """Patch cross-entropies plus the CLS multi-label loss."""
         device = self.device
         pixels = normalise(self.pixels[pages].to(device)).flatten(0, 1)
-        output = self.module["tower"](pixels, output_hidden_states=True)
-        logits = self.module["patch"](output.hidden_states[-2][:, 1:]).flatten(0, 1)
+        output = self.tower(pixels, output_hidden_states=True)
+        logits = self.patch(output.hidden_states[-2][:, 1:]).flatten(0, 1)
         kinds, colors = self.kinds[pages].to(device).flatten(), self.colors[pages].to(device).flatten()
         patch = F.cross_entropy(logits[:, :KINDS], kinds, self.kind_weight)
         patch = patch + F.cross_entropy(logits[:, KINDS:], colors, self.color_weight)
         target = self.summaries[pages].to(device).flatten(0, 1)
-        summary = self.module["summary"](output.pooler_output)
+        summary = self.summary(output.pooler_output)
         summary = F.binary_cross_entropy_with_logits(summary, target, pos_weight=self.positive_weight)
         return patch + _SUMMARY_WEIGHT * summary
 
@@ -167,30 +171,30 @@ class LanguageStage(Stage):
     def __init__(
         self, model: LlavaNextForConditionalGeneration, config: StageConfig, seed: int, device: torch.device
     ) -> None:
-        super().__init__(config, seed, device)
-        self.module = model.to(device)
+        super().__init__(model, config, seed, device)
+        self.module = self.model
         self.answer_logits = torch.compile(answer_logits, dynamic=False) if config.compiled else answer_logits
-        model.model.vision_tower.requires_grad_(False)
+        self.model.model.vision_tower.requires_grad_(False)
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Vision features of the shard, bfloat16 ``[shard, 180, Dv]``."""
         parts = partitions(self.scenes).split(64)
-        self.features = torch.cat([vision_features(self.module, p.to(self.device)).bfloat16() for p in parts])
+        self.features = torch.cat([vision_features(self.model, p.to(self.device)).bfloat16() for p in parts])
 
     def loss(self, pages: Tensor, step: int) -> Tensor:
         """Cross-entropy of the answers, and a little of the end of sequence."""
         rng = self.rng(_STEP_STREAM, step)
         tokens = encode([ask(self.scenes[i], rng, self.config.questions) for i in pages.tolist()]).to(self.device)
         features = self.features[pages.to(self.features.device)].float()
-        visual = project(self.module, features)
+        visual = project(self.model, features)
         slots, renumber = ALL_SLOTS.expand(len(pages), -1), False
         if self.dropout is not None:
             slots, renumber = self.dropout.draw(features, torch.Generator().manual_seed(int(rng.integers(2**62))))
         slots = slots.to(self.device)
         visual = torch.gather(visual, 1, slots[..., None].expand(-1, -1, visual.shape[-1]))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            logits = self.answer_logits(self.module, visual, slots, tokens, renumber).float()
+            logits = self.answer_logits(self.model, visual, slots, tokens, renumber).float()
         answer = F.cross_entropy(logits[:, :, 0].flatten(0, 1), tokens[:, :, -1].flatten())
         end = F.cross_entropy(logits[:, :, 1].flatten(0, 1), torch.full_like(tokens[:, :, -1].flatten(), EOS_ID))
         return answer + _EOS_WEIGHT * end

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from ..layout import Modality, VisualLayout
 from ..plan import Plan
-from ..report import Report
+from ..report import KeptItem, Report
 from .cache import cache_state
 from .clock import Interval, total_ms
 
@@ -19,11 +22,15 @@ class Account:
 
     Attributes:
         plan: Set once counts are known.
+        layout: Set with it: the items the counts are for.
+        keep: Set with it: per modality, [R, V] bool over a prompt's visual tokens of that modality in order.
         stages: Measured intervals per stage.
         kv: Bytes of one cache column of the whole batch, physical and virtual columns after the prompt.
     """
 
     plan: Plan | None = None
+    layout: VisualLayout | None = None
+    keep: dict[Modality, torch.Tensor] = field(default_factory=dict)
     stages: dict[str, list[Interval]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
     kv: tuple[int, int, int] = (0, 0, 0)
 
@@ -31,6 +38,19 @@ class Account:
         """Remember the cache's size after the prompt, ``virtual`` columns long in the caller's eyes."""
         state = cache_state(cache)
         self.kv = (column_bytes(cache), virtual - (state.delta if state else 0), virtual)
+
+    def kept(self) -> tuple[KeptItem, ...]:
+        """Kept positions per item, in plan order. Reads the selection off the device."""
+        found: list[KeptItem] = []
+        flags = {modality: table.cpu() for modality, table in self.keep.items()}
+        for row, items in enumerate(self.layout.rows if self.layout else ()):
+            start: dict[Modality, int] = dict.fromkeys(flags, 0)
+            for item in items:
+                begin = start[item.modality]
+                start[item.modality] = stop = begin + item.size
+                kept = flags[item.modality][row, begin:stop].nonzero().flatten()
+                found.append(KeptItem(row, item, tuple(kept.tolist())))
+        return tuple(found)
 
     def report(self, method: str, budget: str, positions: str) -> Report:
         """The account as a report. Waits for the device if it is still at work."""

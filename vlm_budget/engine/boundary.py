@@ -224,10 +224,11 @@ class Boundary:
             return known.selection
         interval = Interval(embeds.device)
         rows = seen_rows(observations, counts)
-        plan = self._plan(VisualLayout(tuple(tuple(seen.item for seen in row) for row in rows)))
+        layout = VisualLayout(tuple(tuple(seen.item for seen in row) for row in rows))
+        plan = self._plan(layout)
         selection = select(self.pruner, plan, rows, embeds.device)
         account = self._account()
-        account.plan = plan
+        account.plan, account.layout, account.keep = plan, layout, selection.keep
         account.stages["select"].append(interval.stop())
         local.selection = _Known(observations, counts, selection)
         return selection

@@ -1,0 +1,223 @@
+"""Does pruning make the prefill faster, selection included?
+
+Three runs side by side, in turn, on one LLaVA-NeXT of real proportions with random weights (CLIP-L/14 at 336 pixels, a
+0.5B-class language model, 2 x 2 crops): the unpatched model; the model patched at a budget; and the same language model
+natively fed as many tokens as the budget leaves. Reported are medians and ratios of medians:
+
+* ``overhead``: probes, selection and compaction of the patched run over the language-model prefill of the unpatched one
+  (and, as ``overhead_of_forward``, over its whole forward with the vision tower);
+* ``against_native``: the patched language-model prefill with probes, selection and compaction, over the native one;
+* ``speedup``: the whole unpatched forward over the whole patched one, and of the language-model part alone.
+
+The benchmark refuses to run when the patched output differs from the hand-compacted one. Times of a CPU run mean
+nothing by themselves; the ratios do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vlm_budget
+from vlm_budget.eval.record import environment, write_json
+
+SIZES = {
+    # vision: hidden, layers, heads, mlp, image, patch; text: hidden, layers, heads, kv heads, mlp, vocabulary
+    "real": ((1024, 24, 16, 4096, 336, 14), (896, 24, 14, 2, 4864, 32064)),
+    "small": ((128, 4, 4, 256, 112, 14), (128, 4, 4, 2, 256, 1024)),
+}
+IMAGE_TOKEN = 7
+PROMPT = 32
+
+
+def build(size: str, device: str, dtype: torch.dtype) -> Any:
+    """The model, with random weights."""
+    from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, Qwen2Config
+
+    (width, layers, heads, mlp, image, patch), (hidden, depth, queries, keys, inner, words) = SIZES[size]
+    vision = CLIPVisionConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=mlp,
+        image_size=image,
+        patch_size=patch,
+    )
+    text = Qwen2Config(
+        hidden_size=hidden,
+        num_hidden_layers=depth,
+        num_attention_heads=queries,
+        num_key_value_heads=keys,
+        intermediate_size=inner,
+        vocab_size=words,
+        tie_word_embeddings=True,
+    )
+    config = LlavaNextConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE_TOKEN,
+        image_grid_pinpoints=[[2 * image, 2 * image]],
+        vision_feature_layer=-2,
+    )
+    torch.manual_seed(0)
+    return LlavaNextForConditionalGeneration(config).to(device, dtype).eval()
+
+
+def build_inputs(model: Any, device: str, dtype: torch.dtype, batch: int) -> dict[str, torch.Tensor]:
+    """One 2 x 2-crop image and a short prompt per row."""
+    pixels = model.config.vision_config.image_size
+    sizes = torch.tensor([[2 * pixels, 2 * pixels]] * batch)
+    side = pixels // model.config.vision_config.patch_size
+    visual = side * side + 2 * side * (2 * side + 1)
+    row = [1, *[IMAGE_TOKEN] * visual, *range(10, 10 + PROMPT)]
+    return {
+        "input_ids": torch.tensor([row] * batch, device=device),
+        "attention_mask": torch.ones(batch, len(row), dtype=torch.long, device=device),
+        "pixel_values": torch.randn(batch, 5, 3, pixels, pixels, device=device, dtype=dtype),
+        "image_sizes": sizes.to(device),
+    }
+
+
+class Timer:
+    """Wall time of a call, with the device drained before and after."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+
+    def __call__(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        """Milliseconds and the call's result."""
+        self._drain()
+        start = time.perf_counter()
+        result = call()
+        self._drain()
+        return (time.perf_counter() - start) * 1000, result
+
+    def _drain(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+
+def native_inputs(model: Any, inputs: dict[str, torch.Tensor], method: str, budget: float) -> dict[str, Any]:
+    """What the language model gets inside the patched model: the kept embeddings, as a plain call."""
+    caught: dict[str, Any] = {}
+
+    def catch(module: Any, args: Any, kwargs: Any) -> None:
+        caught.update(kwargs)
+
+    with vlm_budget.patch(model, method, budget):
+        # Registered after the patch's own hook, so it sees the shortened call.
+        hook = model.model.language_model.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            model(**inputs, logits_to_keep=1)
+        finally:
+            hook.remove()
+    return {"inputs_embeds": caught["inputs_embeds"].clone(), "use_cache": True}
+
+
+def check(model: Any, inputs: dict[str, torch.Tensor], native: dict[str, Any], method: str, budget: float) -> float:
+    """Relative difference of the last hidden state, patched against native.
+
+    Raises:
+        RuntimeError: It exceeds what rounding explains: nothing may be timed.
+    """
+    with vlm_budget.patch(model, method, budget):
+        patched = model(**inputs, logits_to_keep=1).logits[:, -1].float()
+    hidden = model.model.language_model(**native).last_hidden_state[:, -1:]
+    expected = model.lm_head(hidden)[:, -1].float()
+    difference = float((patched - expected).abs().max() / expected.abs().max())
+    limit = 1e-3 if expected.dtype == native["inputs_embeds"].dtype else 5e-2
+    if difference > limit:
+        raise RuntimeError(f"patched and hand-compacted outputs differ by {difference:.1e}: nothing was timed")
+    return difference
+
+
+@torch.no_grad()
+def measure(model: Any, inputs: dict[str, torch.Tensor], method: str, budget: float, runs: int, timer: Timer) -> Any:
+    """One method at one budget."""
+    native = native_inputs(model, inputs, method, budget)
+    difference = check(model, inputs, native, method, budget)
+    times: dict[str, list[float]] = {}
+
+    def note(**values: float) -> None:
+        for name, value in values.items():
+            times.setdefault(name, []).append(value)
+
+    encode = {"pixel_values": inputs["pixel_values"], "image_sizes": inputs["image_sizes"]}
+    for run in range(runs + 1):
+        whole, _ = timer(lambda: model(**inputs, logits_to_keep=1))
+        vision, _ = timer(lambda: model.model.get_image_features(**encode))
+        with vlm_budget.patch(model, method, budget) as handle:
+            pruned, _ = timer(lambda: model(**inputs, logits_to_keep=1))
+            report = handle.report()
+        plain, _ = timer(lambda: model.model.language_model(**native))
+        if run == 0:
+            continue  # warm-up
+        extra = report.probe_ms + report.select_ms + report.compact_ms
+        note(unpatched_forward=whole, vision=vision, unpatched_prefill=whole - vision, patched_forward=pruned)
+        note(patched_prefill=report.prefill_ms, probe=report.probe_ms, select=report.select_ms)
+        note(compact=report.compact_ms, extra=extra, native_prefill=plain)
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "method": method,
+        "budget": budget,
+        "visual_tokens": report.visual_tokens,
+        "kept_tokens": report.kept_tokens,
+        "runs": runs,
+        "output_difference": difference,
+        "ms": {name: {"median": middle[name], "min": min(v), "max": max(v)} for name, v in times.items()},
+        "ratios": {
+            "overhead": middle["extra"] / middle["unpatched_prefill"],
+            "overhead_of_forward": middle["extra"] / middle["unpatched_forward"],
+            "against_native": (middle["patched_prefill"] + middle["extra"]) / middle["native_prefill"],
+            "speedup_forward": middle["unpatched_forward"] / middle["patched_forward"],
+            "speedup_prefill": middle["unpatched_prefill"] / (middle["patched_prefill"] + middle["extra"]),
+        },
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default=None, help="float32 on a CPU, bfloat16 on a GPU by default")
+    parser.add_argument("--size", choices=sorted(SIZES), default="real")
+    parser.add_argument("--methods", nargs="+", default=["hired", "uniform", "random", "cls_topk"])
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.2])
+    parser.add_argument("--attention", default=None, help="attn_implementation; transformers' default if not given")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    cuda = arguments.device.startswith("cuda")
+    name = arguments.dtype or ("bfloat16" if cuda else "float32")
+    dtype: torch.dtype = getattr(torch, name)
+    model = build(arguments.size, arguments.device, dtype)
+    if arguments.attention:
+        model.set_attn_implementation(arguments.attention)
+    inputs = build_inputs(model, arguments.device, dtype, arguments.batch)
+    timer = Timer(arguments.device)
+    results = []
+    for method in arguments.methods:
+        for budget in arguments.budgets:
+            results.append(measure(model, inputs, method, budget, arguments.runs, timer))
+            print(method, budget, {k: round(v, 3) for k, v in results[-1]["ratios"].items()}, flush=True)
+    write_json(
+        arguments.out / f"prefill_{'cuda' if cuda else 'cpu'}_{arguments.size}.json",
+        {
+            "environment": environment(arguments.device, name),
+            "size": arguments.size,
+            "batch": arguments.batch,
+            "attention": model.config.text_config._attn_implementation,
+            "results": results,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

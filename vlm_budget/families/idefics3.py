@@ -1,0 +1,46 @@
+"""Idefics3: square tiles, SigLIP-like tower without class token, blocks of patches shuffled into one token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layout import Modality, VisualItem
+from .base import Family, mean_pool, square_item
+
+
+class Idefics3(Family):
+    """``Idefics3ForConditionalGeneration``.
+
+    A picture arrives as its crops and then the whole of it, every tile in a placeholder run of its own. The encoder is
+    given ``[prompts, most tiles, ...]`` pixels, which do not say where a picture of several tiles ends, so every tile is
+    an item. Tiles of zeros fill up shorter prompts; the model drops them, and so does the layout.
+    """
+
+    models = ("Idefics3ForConditionalGeneration", "Idefics3Model")
+
+    def language_model(self, base: nn.Module) -> nn.Module:
+        """The decoder whose inputs are shortened."""
+        return base.text_model  # type: ignore[return-value]
+
+    def vision_tower(self, base: nn.Module) -> nn.Module:
+        """The patch encoder."""
+        return base.vision_model  # type: ignore[return-value]
+
+    def items(self, base: nn.Module, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
+        """One square grid per tile that is not all zero."""
+        pixels = inputs["pixel_values"]
+        side = pixels.shape[-1] // base.config.vision_config.patch_size // base.config.scale_factor
+        return [square_item("image", side) for _ in range(self.tiles(pixels))]
+
+    def tiles(self, pixels: torch.Tensor) -> int:
+        """How many of [prompts, tiles, C, H, W] are encoded."""
+        return int((pixels != 0).flatten(2).any(2).sum())
+
+    def pool_attention(self, base: nn.Module, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
+        """Average over the patches that the connector's ``pixel_shuffle`` stacks into one token."""
+        return mean_pool(patches, math.isqrt(patches.shape[1]), base.config.scale_factor)

@@ -1,0 +1,39 @@
+"""LLaVA-NeXT-Video: LLaVA-NeXT's images, and videos of frames pooled by the vision resampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..layout import Modality, Partition, VisualItem
+from .base import grid_item
+from .llava_next import LlavaNext
+
+
+class LlavaNextVideo(LlavaNext):
+    """``LlavaNextVideoForConditionalGeneration``."""
+
+    models = ("LlavaNextVideoForConditionalGeneration", "LlavaNextVideoModel")
+    encoders: ClassVar[Mapping[Modality, str]] = {"image": "get_image_features", "video": "get_video_features"}
+
+    def items(self, base: nn.Module, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
+        """Images as in LLaVA-NeXT; a video is its frames' grids one after the other."""
+        if modality == "image":
+            return super().items(base, modality, inputs)
+        # Up to 4.x the parameter is called pixel_values.
+        pixels = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
+        side = pixels.shape[-1] // base.config.vision_config.patch_size // base.config.spatial_pool_stride
+        frames = [Partition("frame", side, side, time=time) for time in range(pixels.shape[1])]
+        return [grid_item("video", frames) for _ in pixels]
+
+    def pool_attention(self, base: nn.Module, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
+        """Average over the patches that the resampler pools; images are not pooled."""
+        if modality == "image":
+            return patches
+        side = math.isqrt(patches.shape[1])
+        pooled = nn.functional.avg_pool2d(patches.view(-1, 1, side, side), base.config.spatial_pool_stride)
+        return pooled.flatten(1)

@@ -1,0 +1,80 @@
+"""Qwen2-VL: images and videos at native resolution, blocks of patches merged into one token, M-RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..errors import LayoutError
+from ..layout import Modality, Partition, VisualItem
+from .base import Family, grid_item
+
+
+class Qwen2VL(Family):
+    """``Qwen2VLForConditionalGeneration``.
+
+    A video is one partition per temporal patch (two frames, released models). Attention stays within a temporal patch,
+    so its scores sum to one in each.
+    """
+
+    models = ("Qwen2VLForConditionalGeneration", "Qwen2VLModel")
+    encoders: ClassVar[Mapping[Modality, str]] = {"image": "get_image_features", "video": "get_video_features"}
+    mrope = True
+
+    def vision_tower(self, base: nn.Module) -> nn.Module:
+        """The patch encoder."""
+        return base.visual  # type: ignore[return-value]
+
+    def vision_layers(self, base: nn.Module) -> Sequence[nn.Module]:
+        """The transformer layers of the vision tower."""
+        return base.visual.blocks  # type: ignore[union-attr, return-value]
+
+    def layer_attention(self, layer: nn.Module) -> nn.Module:
+        """The attention module inside a vision layer."""
+        return layer.attn  # type: ignore[return-value]
+
+    def items(self, base: nn.Module, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
+        """One grid per image, one per temporal patch of a video."""
+        vision = base.config.vision_config
+        merge, merged_frames = vision.spatial_merge_size, vision.temporal_patch_size
+        kind = "image" if modality == "image" else "frame"
+
+        def item(frames: int, height: int, width: int) -> VisualItem:
+            grid = (height // merge, width // merge)
+            return grid_item(modality, [Partition(kind, *grid, time=time * merged_frames) for time in range(frames)])
+
+        return [item(*grid) for grid in torch.as_tensor(inputs[f"{modality}_grid_thw"]).tolist()]
+
+    def token_attention(
+        self,
+        base: nn.Module,
+        modality: Modality,
+        kind: str,
+        calls: Sequence[torch.Tensor],
+        items: Sequence[VisualItem],
+        inputs: Mapping[str, Any],
+    ) -> list[list[torch.Tensor]]:
+        """Probe rows as scores of tokens: the mean over each block of merged patches.
+
+        Flash backends attend to all sequences in one packed call; the others are called once per temporal patch (or
+        window), in order.
+        """
+        block = base.config.vision_config.spatial_merge_size**2
+        sizes = [grid.rows * grid.cols for item in items for grid in item.partitions]
+        patches = torch.cat(list(calls), -1).flatten()
+        if len(patches) != sum(sizes) * block:
+            raise LayoutError(f"the vision tower saw {len(patches)} patches, the layout has {sum(sizes) * block}")
+        # The processor emits the patches of a block one after the other.
+        tokens = patches.reshape(-1, block).mean(1)
+        order = self.tower_order(base, items)
+        if order is not None:
+            tokens = torch.empty_like(tokens).index_copy_(0, order.to(tokens.device), tokens)
+        queue = iter(tokens.split(sizes))
+        return [[next(queue) for _ in item.partitions] for item in items]
+
+    def tower_order(self, base: nn.Module, items: Sequence[VisualItem]) -> torch.Tensor | None:
+        """[N] int64, for each token in the tower's order its place among the tokens; None when they are the same."""
+        return None

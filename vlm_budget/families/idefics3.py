@@ -17,8 +17,8 @@ class Idefics3(Family):
     """``Idefics3ForConditionalGeneration``.
 
     A picture arrives as its crops and then the whole of it, every tile in a placeholder run of its own. The encoder is
-    given ``[prompts, most tiles, ...]`` pixels, which do not say where a picture of several tiles ends, so every tile is
-    an item. Tiles of zeros fill up shorter prompts; the model drops them, and so does the layout.
+    given ``[prompts, most tiles, ...]`` pixels, which do not say where a picture of several tiles ends, so every tile
+    is an item. Tiles of zeros fill up shorter prompts; the model drops them, and so does the layout.
     """
 
     models = ("Idefics3ForConditionalGeneration", "Idefics3Model")

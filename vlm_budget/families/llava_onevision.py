@@ -41,9 +41,7 @@ class LlavaOnevision(Family):
         pixels = base.config.vision_config.image_size
 
         def pack(parts: list[torch.Tensor], newline: torch.Tensor) -> torch.Tensor:
-            packed, _ = base.pack_image_features(
-                parts, size[None], image_newline=newline, vision_aspect_ratio=aspect
-            )
+            packed, _ = base.pack_image_features(parts, size[None], image_newline=newline, vision_aspect_ratio=aspect)
             return packed[0]
 
         grid = crop_grid(size, base.config.image_grid_pinpoints, pixels) if cut else None
@@ -63,7 +61,7 @@ class LlavaOnevision(Family):
     def features(
         self, base: nn.Module, modality: Modality, output: Any, items: Sequence[VisualItem]
     ) -> list[torch.Tensor]:
-        """The encoder's output per item; up to 4.x a video's newline is added after the encoder, so it is added here."""
+        """The encoder's output per item; up to 4.x the model adds a video's newline later, so it is added here."""
         packed = getattr(output, "pooler_output", output)
         rows = flatten_features(packed)
         if modality == "video" and len(rows) == sum(item.size - 1 for item in items):

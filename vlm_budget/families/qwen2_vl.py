@@ -71,7 +71,7 @@ class Qwen2VL(Family):
         tokens = patches.reshape(-1, block).mean(1)
         order = self.tower_order(base, items)
         if order is not None:
-            tokens = torch.empty_like(tokens).index_copy_(0, order.to(tokens.device), tokens)
+            tokens = tokens[order.argsort().to(tokens.device)]
         queue = iter(tokens.split(sizes))
         return [[next(queue) for _ in item.partitions] for item in items]
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
 from numbers import Integral, Real
-from typing import Literal
+from typing import Literal, get_args
 
 from .errors import BudgetError
 
@@ -41,7 +42,13 @@ class Budget:
     relative: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse amounts that no input could ever meet."""
+        """Refuse what is no amount of its unit, and amounts that no input could ever meet."""
+        if isinstance(self.amount, bool) or not isinstance(self.amount, (int, float)):
+            raise BudgetError(f"amount must be a number, got {self.amount!r}. Budget.parse reads text.")
+        if self.unit not in get_args(Unit):
+            raise BudgetError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
+        if (self.unit == "ratio") > self.relative or (self.unit == "tokens") and self.relative:
+            raise BudgetError(f"{self.unit!r} cannot be relative={self.relative}: a share of the tokens is a 'ratio'")
         if math.isnan(self.amount) or math.isinf(self.amount):
             raise BudgetError(f"budget must be a finite number, got {self.amount}. Try one of {_EXAMPLES}.")
         if self.amount <= 0:
@@ -51,6 +58,8 @@ class Budget:
                 f"a relative budget is a share in (0, 1] or up to 100%, got {self.amount:g} (= {self.amount:.0%}). "
                 f"For an absolute number of tokens pass an int, such as {max(1, round(self.amount))}, or '… tokens'."
             )
+        if self.unit == "tokens" and not float(self.amount).is_integer():
+            raise BudgetError(f"tokens are whole, got {self.amount:g}. Try one of {_EXAMPLES}.")
 
     @classmethod
     def parse(cls, value: Budget | str | float) -> Budget:
@@ -68,9 +77,9 @@ class Budget:
         if isinstance(value, bool) or not isinstance(value, (str, Real)):
             raise BudgetError(f"cannot read a budget from {value!r} ({type(value).__name__}). Try one of {_EXAMPLES}.")
         if isinstance(value, Integral):
-            return cls(float(value), "tokens", relative=False)
+            return cls(_to_float(value), "tokens", relative=False)
         if isinstance(value, Real):
-            return cls(float(value))
+            return cls(_to_float(value))
         return cls._parse_text(value)
 
     @classmethod
@@ -79,10 +88,11 @@ class Budget:
         if match is None:
             raise BudgetError(f"cannot read a budget from {text!r}. Try one of {_EXAMPLES}.")
         number, percent, words = float(match[1]), match[2], match[3].lower().split()
-        share = number / 100 if percent else number
-        if words and words[-1] in ("kv", "cache") and len(words) > 1:
-            words = words[:-1]
+        share = float(Decimal(match[1]) / 100) if percent else number
         unit = " ".join(words)
+        for bytes_word in (" cache", " kv"):  # "200 MB kv cache", "30% kv cache"
+            if unit.removesuffix(bytes_word) in (*_BYTES, *(f"{name} kv" for name in _BYTES), "kv"):
+                unit = unit.removesuffix(bytes_word)
         if percent and unit in ("", "token", "tokens"):
             return cls(share)
         if not percent and unit == "":

@@ -113,8 +113,14 @@ class Boundary:
 
     def _watch_encoder(self, modality: Modality, call: Any, args: Any, kwargs: Any) -> Any:
         local = self._local
+        if getattr(local, "encoding", False):
+            return call(*args, **kwargs)  # Qwen3-VL encodes videos through its image encoder
         interval = Interval(self._device)
-        output, seen = self.observer.observe(modality, call, args, kwargs)
+        local.encoding = True
+        try:
+            output, seen = self.observer.observe(modality, call, args, kwargs)
+        finally:
+            local.encoding = False
         local.latest = {**getattr(local, "latest", {}), modality: seen}
         if hasattr(output, "pooler_output"):
             # Tie the scores to the features: whoever passes these features to a later call gets their scores.

@@ -1,0 +1,71 @@
+"""Runs of a patched model, told in the reference's words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlm_budget import PatchHandle
+
+from .reference import Row, kept_columns, language_model, physical_rows, recorded, rows
+
+SAMPLE = {"max_new_tokens": 6, "do_sample": False}
+# float32 sums in another order (other lengths, other masks); logits are of the order of 10.
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One forward of a patched model over a whole prompt.
+
+    Attributes:
+        rows: The unpruned prompts.
+        columns: Per prompt, the columns (padding left out) that the language model saw.
+        logits: Per prompt, [n, V] logits in the caller's columns, padding left out.
+    """
+
+    rows: list[Row]
+    columns: list[list[int]]
+    logits: list[torch.Tensor]
+
+
+def forward(handle: PatchHandle, inputs: dict[str, Any], full: list[Row], **options: Any) -> Prefill:
+    """Run a patched model and find out which columns its language model saw."""
+    model = handle.model
+    valid = inputs["attention_mask"].bool()
+    with recorded(language_model(model)) as calls, torch.no_grad():
+        logits = model(**inputs, **options).logits
+    kept = kept_per_row(handle, len(full))
+    lengths = [row.length - int(row.visual.sum()) + keep for row, keep in zip(full, kept, strict=True)]
+    shortened = calls[0]["inputs_embeds"]
+    assert shortened.shape[1] == max(lengths), "the compacted length is not text plus promised tokens"
+    seen = physical_rows(calls[0], lengths, right=not bool(valid[:, -1].all()))
+    columns = [kept_columns(row, embeds) for row, embeds in zip(full, seen, strict=True)]
+    return Prefill(full, columns, [part[mask] for part, mask in zip(logits, valid, strict=True)])
+
+
+def kept_per_row(handle: PatchHandle, count: int) -> list[int]:
+    """Promised visual tokens of every prompt, from the report."""
+    items = handle.report().plan.items
+    return [sum(item.keep for item in items if item.row == row) for row in range(count)]
+
+
+def compacted(prefill: Prefill, packed: bool) -> list[Row]:
+    """The prompts as the reference compacts them."""
+    return [row.compact(columns, packed) for row, columns in zip(prefill.rows, prefill.columns, strict=True)]
+
+
+def generate(model: Any, inputs: dict[str, Any], **options: Any) -> list[list[int]]:
+    """New tokens per prompt."""
+    with torch.no_grad():
+        output = model.generate(**inputs, **{**SAMPLE, **options})
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+    return sequences[:, start:].tolist()
+
+
+def unpruned_rows(tiny: Any) -> list[Row]:
+    """The prompts of a set-up; call it while the model is not patched."""
+    return rows(tiny)

@@ -22,8 +22,28 @@ _TEXT = re.compile(
     r"^\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:nan|inf))\s*(%?)\s*([a-z ]*?)\s*$", re.IGNORECASE
 )
 _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_FLOPS = {"flops": 1, "gflops": 10**9, "tflops": 10**12, "pflops": 10**15}
-_TIME = {"ms": 1.0, "s": 1000.0}
+_AMOUNTS: dict[str, tuple[Unit, float]] = {
+    "token": ("tokens", 1),
+    "tokens": ("tokens", 1),
+    "flops": ("flops", 1),
+    "gflops": ("flops", 10**9),
+    "tflops": ("flops", 10**12),
+    "pflops": ("flops", 10**15),
+    "ms": ("ms", 1),
+    "s": ("ms", 1000),
+    **{f"{name}{of}": ("bytes", size) for name, size in _BYTES.items() for of in ("", " kv", " cache", " kv cache")},
+}
+_SHARES: dict[str, Unit] = {
+    "": "ratio",
+    "token": "ratio",
+    "tokens": "ratio",
+    "flops": "flops",
+    "time": "ms",
+    "latency": "ms",
+    "kv": "bytes",
+    "cache": "bytes",
+    "kv cache": "bytes",
+}
 _EXAMPLES = "0.2, '25%', 128, '128 tokens', '40% flops', '80 ms', '200 MB kv'"
 
 
@@ -42,13 +62,19 @@ class Budget:
     relative: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what is no amount of its unit, and amounts that no input could ever meet."""
-        if isinstance(self.amount, bool) or not isinstance(self.amount, (int, float)):
-            raise BudgetError(f"amount must be a number, got {self.amount!r}. Budget.parse reads text.")
+        """Refuse what is no amount of the unit, and amounts that no input could ever meet."""
+        if isinstance(self.amount, bool) or not isinstance(self.amount, Real):
+            raise BudgetError(f"the amount of a budget is a number, got {self.amount!r}. Budget.parse reads text.")
         if self.unit not in get_args(Unit):
-            raise BudgetError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
-        if (self.unit == "ratio") > self.relative or (self.unit == "tokens") and self.relative:
-            raise BudgetError(f"{self.unit!r} cannot be relative={self.relative}: a share of the tokens is a 'ratio'")
+            raise BudgetError(f"the unit of a budget is one of {', '.join(get_args(Unit))}, got {self.unit!r}")
+        if self.relative != {"ratio": True, "tokens": False}.get(self.unit, self.relative):
+            raise BudgetError(
+                "a share of the tokens is a 'ratio' with relative=True, a number of them is 'tokens' without"
+            )
+        try:
+            object.__setattr__(self, "amount", float(self.amount))
+        except OverflowError:
+            object.__setattr__(self, "amount", math.inf)
         if math.isnan(self.amount) or math.isinf(self.amount):
             raise BudgetError(f"budget must be a finite number, got {self.amount}. Try one of {_EXAMPLES}.")
         if self.amount <= 0:
@@ -58,8 +84,10 @@ class Budget:
                 f"a relative budget is a share in (0, 1] or up to 100%, got {self.amount:g} (= {self.amount:.0%}). "
                 f"For an absolute number of tokens pass an int, such as {max(1, round(self.amount))}, or '… tokens'."
             )
-        if self.unit == "tokens" and not float(self.amount).is_integer():
-            raise BudgetError(f"tokens are whole, got {self.amount:g}. Try one of {_EXAMPLES}.")
+        if self.unit == "tokens" and not self.amount.is_integer():
+            raise BudgetError(
+                f"tokens are whole, got {self.amount:g} tokens. Did you mean '{self.amount:g}' (a ratio) or '…%'?"
+            )
 
     @classmethod
     def parse(cls, value: Budget | str | float) -> Budget:
@@ -76,42 +104,24 @@ class Budget:
             return value
         if isinstance(value, bool) or not isinstance(value, (str, Real)):
             raise BudgetError(f"cannot read a budget from {value!r} ({type(value).__name__}). Try one of {_EXAMPLES}.")
-        if isinstance(value, Integral):
-            return cls(_to_float(value), "tokens", relative=False)
-        if isinstance(value, Real):
-            return cls(_to_float(value))
-        return cls._parse_text(value)
+        if isinstance(value, str):
+            return cls._parse_text(value)
+        return cls(value, "tokens", relative=False) if isinstance(value, Integral) else cls(value)  # type: ignore[arg-type]
 
     @classmethod
     def _parse_text(cls, text: str) -> Budget:
         match = _TEXT.match(text)
         if match is None:
             raise BudgetError(f"cannot read a budget from {text!r}. Try one of {_EXAMPLES}.")
-        number, percent, words = float(match[1]), match[2], match[3].lower().split()
-        share = float(Decimal(match[1]) / 100) if percent else number
-        unit = " ".join(words)
-        for bytes_word in (" cache", " kv"):  # "200 MB kv cache", "30% kv cache"
-            if unit.removesuffix(bytes_word) in (*_BYTES, *(f"{name} kv" for name in _BYTES), "kv"):
-                unit = unit.removesuffix(bytes_word)
-        if percent and unit in ("", "token", "tokens"):
-            return cls(share)
-        if not percent and unit == "":
+        number, unit = float(match[1]), " ".join(match[3].lower().split())
+        if match[2] and unit in _SHARES:
+            # In decimals, so that '7%' is 0.07 and str() reads back exactly.
+            return cls(float(Decimal(match[1]) / 100) if math.isfinite(number) else number, _SHARES[unit])
+        if not match[2] and unit in _AMOUNTS:
+            kind, size = _AMOUNTS[unit]
+            return cls(number * size, kind, relative=False)
+        if not match[2] and not unit:
             return cls(number) if re.search(r"[.e]", match[1], re.IGNORECASE) else cls(number, "tokens", relative=False)
-        if unit in ("token", "tokens"):
-            if not number.is_integer():
-                raise BudgetError(
-                    f"tokens are whole, got {text!r}. Did you mean '{number:g}' (a ratio) or a percentage?"
-                )
-            return cls(number, "tokens", relative=False)
-        if percent and unit in ("flops", "kv", "cache", "time", "latency"):
-            kinds: dict[str, Unit] = {"flops": "flops", "kv": "bytes", "cache": "bytes", "time": "ms", "latency": "ms"}
-            return cls(share, kinds[unit], relative=True)
-        if not percent and unit in _FLOPS:
-            return cls(number * _FLOPS[unit], "flops", relative=False)
-        if not percent and unit in _TIME:
-            return cls(number * _TIME[unit], "ms", relative=False)
-        if not percent and unit in _BYTES:
-            return cls(number * _BYTES[unit], "bytes", relative=False)
         raise BudgetError(f"unknown unit in budget {text!r}. Try one of {_EXAMPLES}.")
 
     def require_token_unit(self) -> None:
@@ -129,7 +139,7 @@ class Budget:
     def tokens(self, total: int, items: int = 1) -> int:
         """How many of ``total`` visual tokens may stay.
 
-        A ratio is rounded to the nearest token (half up).
+        A ratio is rounded to the nearest token, half up, in the decimals it was written in: 29% of 50 are 15.
 
         Args:
             total: Unpruned visual tokens of one prompt.
@@ -139,7 +149,8 @@ class Budget:
             BudgetError: More tokens than exist, fewer than one per item, or a unit that needs a cost model.
         """
         self.require_token_unit()
-        wanted = int(self.amount) if self.unit == "tokens" else math.floor(self.amount * total + 0.5)
+        exact = Decimal(repr(self.amount)) * (int(total) if self.unit == "ratio" else 1)
+        wanted = int(exact.to_integral_value(ROUND_HALF_UP))
         if wanted > total:
             raise BudgetError(
                 f"budget '{self}' asks for {wanted} visual tokens but the prompt has only {total}. "
@@ -153,10 +164,14 @@ class Budget:
         return wanted
 
     def __str__(self) -> str:
-        """The budget as text that :meth:`parse` reads back."""
-        if self.unit == "ratio":
-            return f"{self.amount * 100:.12g}%"
+        """The budget as text that :meth:`parse` reads back to an equal one."""
         if self.relative:
-            return f"{self.amount * 100:.12g}% {'kv' if self.unit == 'bytes' else 'time' if self.unit == 'ms' else self.unit}"
+            name = {"ratio": "", "flops": " flops", "ms": " time", "bytes": " kv"}[self.unit]
+            return f"{_short(Decimal(repr(self.amount)) * 100)}%{name}"
         name = {"tokens": "tokens", "flops": "flops", "ms": "ms", "bytes": "B kv"}[self.unit]
-        return f"{self.amount:.15g} {name}"
+        return f"{_short(Decimal(repr(self.amount)))} {name}"
+
+
+def _short(number: Decimal) -> str:
+    text = str(number)
+    return text.rstrip("0").rstrip(".") if "." in text and "E" not in text else text

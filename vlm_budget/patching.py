@@ -14,7 +14,6 @@ from torch import nn
 from .budget import Budget
 from .engine.account import Account
 from .engine.boundary import Boundary
-from .engine.observe import bound_arguments
 from .engine.selection import make_plan
 from .engine.taps import Tap
 from .errors import BudgetError, LayoutError, PatchError, UnknownNameError, UnsupportedModelError
@@ -249,9 +248,11 @@ def layout_of(base: nn.Module, family: Family, inputs: dict[str, Any]) -> Visual
 
 def encoder_items(base: nn.Module, family: Family, modality: Modality, inputs: dict[str, Any]) -> list[VisualItem]:
     """Layout of one modality from the processor's inputs, read under the names the encoder gives them."""
-    call = getattr(base, family.encoders[modality])
-    names = list(inspect.signature(call).parameters)
-    return family.items(base, modality, bound_arguments(call, (), family.encoder_inputs(modality, inputs, names)))
+    names = list(inspect.signature(getattr(base, family.encoders[modality])).parameters)
+    try:
+        return family.items(base, modality, family.encoder_inputs(modality, inputs, names))
+    except KeyError as missing:
+        raise LayoutError(f"a layout needs {missing} from the processor; got {sorted(inputs)}") from missing
 
 
 def _unwrap(model: Any) -> nn.Module:

@@ -55,6 +55,14 @@ class Plan:
     items: tuple[ItemPlan, ...]
     rows: int
 
+    def __post_init__(self) -> None:
+        """Check that every item stands in a row."""
+        if not isinstance(self.rows, int) or isinstance(self.rows, bool) or self.rows < 0:
+            raise PlanError(f"rows must be a number of batch rows, got {self.rows!r}")
+        for item in self.items:
+            if item.row >= self.rows:
+                raise PlanError(f"an item stands in row {item.row}, but the plan has {self.rows} rows")
+
     @property
     def total(self) -> int:
         """Unpruned visual tokens of the batch."""
@@ -96,13 +104,14 @@ class Plan:
         try:
             data: dict[str, Any] = json.loads(text)
             version = data.pop("version")
+            if version != _VERSION:  # first: another version may differ in everything else
+                raise PlanError(f"plan version {version!r} is not supported, expected {_VERSION}")
             items = tuple(ItemPlan(**item) for item in data.pop("items"))
-            plan = cls(items=items, **data)
+            return cls(items=items, **data)
+        except PlanError:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"not a plan: {error!r}") from error
-        if version != _VERSION:
-            raise PlanError(f"plan version {version!r} is not supported, expected {_VERSION}")
-        return plan
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -117,6 +126,6 @@ class Plan:
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"cannot read plan {str(path)!r}: {error}") from error
         return cls.from_json(text)

@@ -44,7 +44,8 @@ class Registry:
         Raises:
             ValueError: The name is taken by another target, or the target is not ``"module:Class"``.
         """
-        if target.count(":") != 1:
+        module, _, attribute = target.partition(":")
+        if not module or not attribute or ":" in attribute:
             raise ValueError(f"{self.kind} target must be 'module:Class', got {target!r}")
         if self._targets.get(name, target) != target:
             raise ValueError(f"{self.kind} {name!r} is already registered as {self._targets[name]!r}")

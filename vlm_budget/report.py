@@ -89,10 +89,11 @@ class Report:
     def table(self) -> Table:
         """The report as a rich table: ``rich.print(report.table())``."""
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=f"{self.method} at {self.budget}", show_header=False)
+        table = Table(title=Text(f"{self.method} at {self.budget}"), show_header=False)  # Text: brackets are no markup
         for name, value in self._rows():
-            table.add_row(name, value)
+            table.add_row(Text(name), Text(value))
         return table
 
     def _rows(self) -> list[tuple[str, str]]:

@@ -49,6 +49,7 @@ class Row:
         model: The outer model.
         embeds: [n, D].
         positions: [n], or [3, n] with M-RoPE.
+        following: Position of the token after the row, in the caller's numbering.
         visual: [n] bool.
         masks: Per layer type [n, n] bool, "the row may see the column"; None where plain causal attention is meant.
         deepstack: Per level [visual tokens, D] that are added to visual columns; empty for most models.
@@ -57,6 +58,7 @@ class Row:
     model: Any
     embeds: torch.Tensor
     positions: torch.Tensor
+    following: int
     visual: torch.Tensor
     masks: dict[str, torch.Tensor] | None = None
     deepstack: tuple[torch.Tensor, ...] = ()
@@ -74,9 +76,10 @@ class Row:
     def compact(self, columns: Sequence[int], packed: bool) -> Row:
         """The row with only these columns; packed positions have no gaps, the others stay what they were."""
         index = torch.tensor(list(columns))
-        positions = self.positions[..., index]
+        positions, following = self.positions[..., index], self.following
         if packed:
-            positions = self.positions.min() + torch.arange(len(index))
+            first = int(self.positions.min())
+            positions, following = first + torch.arange(len(index)), first + len(index)
         masks = self.masks
         if masks is not None:
             masks = {kind: mask[index][:, index] for kind, mask in masks.items()}
@@ -86,17 +89,18 @@ class Row:
             self,
             embeds=self.embeds[index],
             positions=positions,
+            following=following,
             visual=self.visual[index],
             masks=masks,
             deepstack=tuple(level[features] for level in self.deepstack),
         )
 
-    def then(self, tokens: Sequence[int], start: int) -> Row:
-        """The row followed by text, whose first token has the position ``start``."""
+    def then(self, tokens: Sequence[int]) -> Row:
+        """The row followed by text."""
         ids = torch.tensor(list(tokens), dtype=torch.long)
         with torch.no_grad():
             embeds = self.model.get_input_embeddings()(ids)
-        positions = (start + torch.arange(len(ids))).expand(*self.positions.shape[:-1], -1)
+        positions = (self.following + torch.arange(len(ids))).expand(*self.positions.shape[:-1], -1)
         total = self.length + len(ids)
         masks = self.masks
         if masks is not None:
@@ -109,6 +113,7 @@ class Row:
             self,
             embeds=torch.cat([self.embeds, embeds]),
             positions=torch.cat([self.positions, positions], -1),
+            following=self.following + len(ids),
             visual=torch.cat([self.visual, torch.zeros(len(ids), dtype=torch.bool)]),
             masks=masks,
         )
@@ -141,17 +146,23 @@ class Row:
             )
 
 
-def rows(tiny: Any, inputs: dict[str, Any] | None = None, calls: Calls | None = None) -> list[Row]:
+def rows(model: Any, inputs: dict[str, Any]) -> list[Row]:
     """The prompts of a batch, recorded from the unpatched model.
 
     Positions are counted here (tokens before, padding left out), except with M-RoPE, where they are the model's.
     """
-    inputs = tiny.clone() if inputs is None else inputs
-    call = (calls or language_model_calls(tiny.model, inputs))[0]
+    call = language_model_calls(model, inputs)[0]
     ids = inputs["input_ids"]
     valid = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    visual = torch.isin(ids, torch.tensor(placeholders(tiny.model)))
-    return [_row(tiny.model, call, row, valid[row], visual) for row in range(len(ids))]
+    visual = torch.isin(ids, torch.tensor(placeholders(model)))
+    found = [_row(model, call, row, valid[row], visual) for row in range(len(ids))]
+    if not found[0].multi_axis:
+        return found
+    # A video's temporal positions may pass those of the text behind it, and transformers generations disagree on what
+    # comes next then: ask.
+    with recorded(language_model(model)) as calls, torch.no_grad():
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    return [replace(row, following=int(calls[1]["position_ids"][-1, index, 0])) for index, row in enumerate(found)]
 
 
 def placeholders(model: Any) -> list[int]:
@@ -173,6 +184,7 @@ def _row(model: Any, call: dict[str, Any], row: int, valid: torch.Tensor, visual
         model,
         call["inputs_embeds"][row][valid],
         positions,
+        int(positions.max()) + 1,
         visual[row][valid],
         _squares(call.get("attention_mask"), row, valid),
         features,
@@ -191,34 +203,29 @@ def _squares(mask: Any, row: int, valid: torch.Tensor) -> dict[str, torch.Tensor
     return found
 
 
-def greedy(row: Row, start: int, count: int, penalty: float = 1.0, seen: Sequence[int] = ()) -> list[int]:
+def greedy(row: Row, count: int, penalty: float = 1.0, seen: Sequence[int] = ()) -> list[int]:
     """Greedy decoding, the whole sequence again for every token.
 
     Args:
         row: The compacted prompt.
-        start: Position of the first new token.
-        count: Tokens to generate.
+        count: Tokens to generate; placeholders are never among them.
         penalty: Repetition penalty.
         seen: Token ids the penalty counts as seen, those of the caller's prompt.
     """
     tokens: list[int] = []
     for _ in range(count):
-        logits = row.then(tokens, start).logits()[-1]
+        logits = row.then(tokens).logits()[-1]
         if penalty != 1.0:
             known = torch.tensor(sorted({*seen, *tokens}))
             logits[known] = torch.where(logits[known] < 0, logits[known] * penalty, logits[known] / penalty)
+        logits[placeholders(row.model)] = -torch.inf
         tokens.append(int(logits.argmax()))
     return tokens
 
 
-def step_logits(row: Row, start: int, tokens: Sequence[int]) -> torch.Tensor:
+def step_logits(row: Row, tokens: Sequence[int]) -> torch.Tensor:
     """[tokens, V] logits from which each of these tokens was drawn."""
-    return row.then(tokens[:-1], start).logits()[row.length - 1 :]
-
-
-def next_position(row: Row, kept: int, packed: bool) -> int:
-    """Position of the first generated token: after the kept tokens, or after the whole prompt."""
-    return int(row.positions.min()) + kept if packed else int(row.positions.max()) + 1
+    return row.then(tokens[:-1]).logits()[row.length - 1 :]
 
 
 def kept_columns(row: Row, embeds: torch.Tensor) -> list[int]:

@@ -9,7 +9,7 @@ from tiny_models import Tiny, row_inputs
 import vlm_budget
 
 from .patched import SAMPLE, TOLERANCE, compacted, forward, generate, kept_per_row
-from .reference import greedy, next_position, rows
+from .reference import greedy, rows
 
 METHODS = vlm_budget.list_methods()
 BUDGET = 0.4
@@ -43,7 +43,7 @@ def test_keeping_every_token_by_number_is_bit_identical_too(llava: Tiny, method:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_dropping_equals_the_hand_compacted_reference(tiny: Tiny, method: str) -> None:
-    full = rows(tiny)
+    full = rows(tiny.model, tiny.clone())
     right = not bool(tiny.inputs["attention_mask"][:, -1].all())
     for mode in position_modes(full[0].multi_axis):
         packed = mode == "packed"
@@ -54,13 +54,12 @@ def test_dropping_equals_the_hand_compacted_reference(tiny: Tiny, method: str) -
             alone = row.compact(columns, packed)
             torch.testing.assert_close(prefill.logits[index][columns], alone.logits(), **TOLERANCE)
             if tokens is not None:
-                start = next_position(row, len(columns), packed)
-                assert tokens[index] == greedy(alone, start, SAMPLE["max_new_tokens"])
+                assert tokens[index] == greedy(alone, SAMPLE["max_new_tokens"])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_counts_promised_are_counts_kept_and_text_stays_in_order(tiny: Tiny, method: str) -> None:
-    full = rows(tiny)
+    full = rows(tiny.model, tiny.clone())
     with vlm_budget.patch(tiny.model, method, BUDGET) as handle:
         promised = handle.plan(**tiny.clone())
         prefill = forward(handle, tiny.clone(), full)
@@ -77,7 +76,7 @@ def test_counts_promised_are_counts_kept_and_text_stays_in_order(tiny: Tiny, met
 
 @pytest.mark.parametrize("method", METHODS)
 def test_dropped_columns_repeat_the_last_kept_one(tiny: Tiny, method: str) -> None:
-    full = rows(tiny)
+    full = rows(tiny.model, tiny.clone())
     with vlm_budget.patch(tiny.model, method, BUDGET) as handle:
         prefill = forward(handle, tiny.clone(), full)
     for row, columns, logits in zip(full, prefill.columns, prefill.logits, strict=True):
@@ -87,10 +86,12 @@ def test_dropped_columns_repeat_the_last_kept_one(tiny: Tiny, method: str) -> No
 
 @pytest.mark.parametrize("method", METHODS)
 def test_batch_of_ragged_prompts_equals_single_runs(tiny: Tiny, method: str) -> None:
-    full = rows(tiny)
+    full = rows(tiny.model, tiny.clone())
+    # Recorded on their own: the vision tower's rounding depends on how many images it sees at once.
+    singles = [rows(tiny.model, row_inputs(tiny, index))[0] for index in range(len(full))]
     with vlm_budget.patch(tiny.model, method, BUDGET) as handle:
         batch = forward(handle, tiny.clone(), full)
-        for index, row in enumerate(full):
+        for index, row in enumerate(singles):
             alone = forward(handle, row_inputs(tiny, index), [row])
             assert alone.columns[0] == batch.columns[index]
             torch.testing.assert_close(alone.logits[0], batch.logits[index], **TOLERANCE)
@@ -99,7 +100,7 @@ def test_batch_of_ragged_prompts_equals_single_runs(tiny: Tiny, method: str) -> 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_cache_holds_what_was_kept(generating: Tiny, method: str) -> None:
     tiny = generating
-    full = rows(tiny)
+    full = rows(tiny.model, tiny.clone())
     with vlm_budget.patch(tiny.model, method, BUDGET) as handle, torch.no_grad():
         output = tiny.model.generate(**tiny.clone(), **SAMPLE, return_dict_in_generate=True)
         report, kept = handle.report(), kept_per_row(handle, len(full))

@@ -143,7 +143,7 @@ def test_a_budget_parses_to_itself() -> None:
         ("40% flops kv", "unknown unit"),
         ("40 flops flops", "unknown unit"),
         ("5e", "unknown unit"),
-        ("1.5 tokens", "tokens are whole, got '1.5 tokens'. Did you mean '1.5'"),
+        ("1.5 tokens", "tokens are whole, got 1.5 tokens. Did you mean '1.5'"),
         ("0.2 tokens", "Did you mean '0.2'"),
     ],
 )

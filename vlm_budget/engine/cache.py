@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -92,12 +93,17 @@ class VirtualLength:
         return result
 
     def crop(self, max_length: int) -> Any:
-        """Forget the last tokens: ``-n`` drops n, a positive length (transformers 4.x) is in the caller's coordinates."""
+        """Forget the last tokens: ``-n`` drops n, a positive length (transformers 4.x) is in the caller's coordinates.
+
+        Raises:
+            PatchError: Dropped visual tokens lie among them.
+        """
         state = cache_state(self)
         if state is None:
             return super().crop(max_length)  # type: ignore[misc]
+        to_length = max_length > 0 or (max_length == 0 and _zero_is_a_length(self._vlm_budget_base))
         physical = int(super().get_seq_length(0))  # type: ignore[misc]
-        drop = -max_length if max_length < 0 else max(0, physical + state.delta - max_length)
+        drop = max(0, physical + state.delta - max_length) if to_length else -max_length
         into = state.physical_length - (physical - drop)
         if into > 0:
             if into > int(state.tail):
@@ -107,7 +113,7 @@ class VirtualLength:
                 )
             state = replace(state, valid=state.valid[:, :-into], tail=state.tail - into)
             setattr(self, _STATE, state)
-        return super().crop(-drop) if drop else None  # type: ignore[misc]
+        return super().crop(-drop) if drop or not to_length else None  # type: ignore[misc]
 
     def reset(self) -> Any:
         """Forget everything."""
@@ -132,6 +138,11 @@ def set_cache_state(cache: Any, state: CacheState) -> None:
     """Record what was dropped, and make the cache answer in the caller's coordinates."""
     _virtualise(cache)
     setattr(cache, _STATE, state)
+
+
+def _zero_is_a_length(cache: type) -> bool:
+    # Since transformers 5 ``crop(0)`` drops nothing, and assisted decoding says so whenever every draft was accepted.
+    return "max_length" in signature(cache.crop).parameters
 
 
 _CLASSES: dict[type, type] = {}

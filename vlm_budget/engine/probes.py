@@ -78,10 +78,15 @@ def probe_attention(
 ) -> Any:
     """Show queries and keys to the module's sink, then run the backend the user chose."""
     sink: AttentionSink = getattr(module, _SINK)
-    if sink.wanted:
-        with torch.no_grad():
-            sink.record(query, key, attention_mask, scaling or query.shape[-1] ** -0.5, kwargs.get("cu_seq_lens_q"))
     real = module.config._real._attn_implementation  # type: ignore[union-attr]
+    if sink.wanted:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        # Eager and flex attention see what the mask says, no mask is no limit; SDPA and flash then ask is_causal.
+        causal = bool(causal) and real not in (None, "eager", "flex_attention")
+        packed = kwargs.get("cu_seq_lens_q")
+        with torch.no_grad():
+            sink.record(query, key, attention_mask, scaling or query.shape[-1] ** -0.5, packed, causal)
     function: Callable[..., Any]
     if real in (None, "eager"):
         function = sys.modules[type(module).__module__].eager_attention_forward
@@ -162,15 +167,26 @@ class AttentionSink:
         """What computing the rows took since :meth:`start`, on this thread."""
         return getattr(self._local, "intervals", [])
 
-    def record(self, query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float, packed: Any) -> None:
-        """Compute the wanted rows of ``query`` [B, H, Lq, d] over ``key`` [B, Hkv, Lk, d]."""
+    def record(
+        self, query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float, packed: Any, causal: bool
+    ) -> None:
+        """Compute the wanted rows of ``query`` [B, H, Lq, d] over ``key`` [B, Hkv, Lk, d].
+
+        Args:
+            query: Queries, rotary embedding included.
+            key: Keys, the cached ones in front.
+            mask: What the backend gets: None, 4-D, 2-D padding (flash), or a flex ``BlockMask``.
+            scaling: Factor on the logits.
+            packed: ``cu_seq_lens`` of sequences packed into one row, or None.
+            causal: The backend hides later keys where the mask does not say (None or 2-D).
+        """
         interval = Interval(query.device)
         for kind in self.kinds:
             if kind == "received":
-                rows = _received_packed(query, key, mask, scaling, self.chunk, packed)
+                rows = _received_packed(query, key, mask, scaling, self.chunk, packed, causal)
             else:
                 index = 0 if kind == "cls" else query.shape[2] - 1
-                part = _mask_rows(mask, index, index + 1, query, key, causal=kind == "last")
+                part = _mask_rows(mask, index, index + 1, query, key, causal)
                 rows = attention_rows(query[:, :, index : index + 1], key, scaling, part).mean(1)[:, 0]
             self._local.rows[kind].append(rows)
         self._local.intervals.append(interval.stop())
@@ -199,40 +215,42 @@ def attention_rows(
 
 
 def _mask_rows(
-    mask: Any, start: int, stop: int, query: torch.Tensor, key: torch.Tensor, causal: bool = False
+    mask: Any, start: int, stop: int, query: torch.Tensor, key: torch.Tensor, causal: bool
 ) -> torch.Tensor | None:
     """Rows ``start:stop`` of any mask transformers passes: None, 4-D, 2-D padding (flash), or a flex ``BlockMask``."""
-    length = key.shape[2]
-    if mask is None:
-        return None  # the CLS row of an encoder and the last row of a causal model see everything
-    if isinstance(mask, torch.Tensor):
-        if mask.ndim == 4:
-            return mask[:, :, start:stop, :length]
-        return mask[:, None, None, -length:].bool()
-    device = query.device
-    batch = torch.arange(query.shape[0], device=device)[:, None, None, None]
+    length, device = key.shape[2], query.device
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        return (mask if mask.shape[2] == 1 else mask[:, :, start:stop])[..., :length]
     rows = torch.arange(start, stop, device=device)[None, None, :, None]
     columns = torch.arange(length, device=device)[None, None, None, :]
+    if mask is None or isinstance(mask, torch.Tensor):
+        seen = columns <= rows + (length - query.shape[2]) if causal else None
+        flat = None if mask is None else mask[:, None, None, -length:].bool()
+        return flat if seen is None else seen if flat is None else seen & flat
+    batch = torch.arange(query.shape[0], device=device)[:, None, None, None]
     head = torch.zeros((), dtype=torch.long, device=device)
     return torch.as_tensor(mask.mask_mod(batch, head, rows, columns)).expand(query.shape[0], 1, stop - start, length)
 
 
-def _received(query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float, chunk: int) -> torch.Tensor:
+def _received(
+    query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float, chunk: int, causal: bool
+) -> torch.Tensor:
     total = query.new_zeros(query.shape[0], key.shape[2], dtype=torch.float32)
     for start in range(0, query.shape[2], chunk):
         stop = min(start + chunk, query.shape[2])
-        part = _mask_rows(mask, start, stop, query, key)
+        part = _mask_rows(mask, start, stop, query, key, causal)
         total += attention_rows(query[:, :, start:stop], key, scaling, part).sum(2).mean(1)
     return total / query.shape[2]
 
 
 def _received_packed(
-    query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float, chunk: int, packed: Any
+    query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float, chunk: int, packed: Any, causal: bool
 ) -> torch.Tensor:
     if packed is None:
-        return _received(query, key, mask, scaling, chunk)
+        return _received(query, key, mask, scaling, chunk, causal)
     ends = packed.tolist()
     parts = [
-        _received(query[:, :, a:b], key[:, :, a:b], None, scaling, chunk) for a, b in zip(ends, ends[1:], strict=False)
+        _received(query[:, :, a:b], key[:, :, a:b], None, scaling, chunk, causal)
+        for a, b in zip(ends, ends[1:], strict=False)
     ]
     return torch.cat(parts, -1)

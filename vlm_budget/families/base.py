@@ -138,8 +138,8 @@ class Family:
         sizes = [item.size for item in items]
         if len(packed) != sum(sizes):
             raise LayoutError(
-                f"{type(base).__name__} encoded {len(packed)} {modality} tokens, its layout says {sizes}. This is a bug "
-                "in the family, or a transformers version it does not know."
+                f"{type(base).__name__} encoded {len(packed)} {modality} tokens, its layout says {sizes}. This is a "
+                "bug in the family, or a transformers version it does not know."
             )
         return list(packed.split(sizes))
 
@@ -166,12 +166,11 @@ class Family:
             Per item, per partition, [rows * cols] float32.
         """
         rows = torch.cat(list(calls))
-        patches = rows[:, 1:] if self.has_cls(base) else rows
-        tokens = self.pool_attention(base, modality, patches)
         count = sum(len(item.partitions) for item in items)
-        if len(tokens) < count:
-            raise LayoutError(f"the vision tower saw {len(tokens)} partitions, the layout has {count}")
-        queue = iter(tokens)
+        if len(rows) != count:
+            raise LayoutError(f"the vision tower saw {len(rows)} partitions, the layout has {count}")
+        patches = rows[:, 1:] if self.has_cls(base) else rows
+        queue = iter(self.pool_attention(base, modality, patches))
         return [[next(queue) for _ in item.partitions] for item in items]
 
     def pool_attention(self, base: nn.Module, modality: Modality, patches: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,45 @@
+"""Errors: one base to catch, and the builtin that callers who do not know us would catch."""
+
+import inspect
+import pickle
+
+import pytest
+
+import vlm_budget
+from vlm_budget import errors
+
+BUILTINS = {
+    "BudgetError": ValueError,
+    "PlanError": ValueError,
+    "LayoutError": ValueError,
+    "ImageError": ValueError,
+    "SelectionError": RuntimeError,
+    "PatchError": RuntimeError,
+    "UnsupportedModelError": TypeError,
+    "UnknownNameError": LookupError,
+}
+
+
+def test_the_table_above_is_complete() -> None:
+    defined = {name for name, kind in vars(errors).items() if inspect.isclass(kind) and issubclass(kind, Exception)}
+    assert defined == {"VLMBudgetError", *BUILTINS}
+
+
+@pytest.mark.parametrize(("name", "builtin"), BUILTINS.items())
+def test_every_error_is_ours_and_the_builtin_that_fits(name: str, builtin: type[Exception]) -> None:
+    error = getattr(vlm_budget, name)
+    assert error is getattr(errors, name)
+    with pytest.raises(errors.VLMBudgetError, match="what happened"):
+        raise error("what happened")
+    with pytest.raises(builtin, match="what happened"):
+        raise error("what happened")
+
+
+@pytest.mark.parametrize("name", BUILTINS)
+def test_errors_cross_process_borders(name: str) -> None:
+    error = pickle.loads(pickle.dumps(getattr(errors, name)("what happened")))
+    assert type(error).__name__ == name and str(error) == "what happened"
+
+
+def test_the_base_is_no_builtin_so_that_it_catches_ours_alone() -> None:
+    assert errors.VLMBudgetError.__bases__ == (Exception,)

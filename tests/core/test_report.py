@@ -1,0 +1,103 @@
+"""Reports: the same account as text, as a table and as plain data."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from vlm_budget import Plan, Report
+from vlm_budget.plan import ItemPlan
+
+REPORT = Report(
+    method="HiRED(alpha=0.3)",
+    budget="20%",
+    positions="packed",
+    plan=Plan("HiRED(alpha=0.3)", "20%", (ItemPlan(0, "image", 577, 63), ItemPlan(1, "video", 111, 7)), 2),
+    encode_ms=12.345,
+    probe_ms=1.5,
+    select_ms=0.5,
+    compact_ms=0.25,
+    prefill_ms=100.0,
+    decode_steps=31,
+    decode_ms_per_token=7.125,
+    kv_bytes=1_234_567,
+    kv_bytes_unpruned=7_654_321,
+)
+TEXT_ONLY = replace(
+    REPORT, plan=Plan("m", "20%", (), 1), encode_ms=0.0, decode_steps=0, decode_ms_per_token=None, kv_bytes=0
+)
+
+FACTS = [
+    "HiRED(alpha=0.3) at 20%",
+    "prompt 0, image",
+    "63 of 577 tokens",
+    "prompt 1, video",
+    "7 of 111 tokens",
+    "packed",
+    "12.35 ms, of it probes 1.50 ms",
+    "0.50 ms",
+    "0.25 ms",
+    "100.00 ms",
+    "7.12 ms per token (31 steps)",
+    "1,234,567 of 7,654,321 bytes",
+]
+
+
+def rendered(report: Report) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report.table())
+    return console.export_text()
+
+
+@pytest.mark.parametrize("show", [str, rendered])
+@pytest.mark.parametrize("fact", FACTS)
+def test_text_and_table_tell_every_fact(show: Callable[[Report], str], fact: str) -> None:
+    assert fact in show(REPORT)
+
+
+def test_text_and_table_tell_the_same_facts_in_the_same_order() -> None:
+    rows = [line.strip().partition(": ") for line in str(REPORT).splitlines()[1:]]
+    lines = rendered(REPORT).splitlines()
+    places = [next(i for i, line in enumerate(lines) if name in line and value in line) for name, _, value in rows]
+    assert places == sorted(places) and len(set(places)) == len(rows) == 9
+
+
+def test_a_report_counts_its_tokens() -> None:
+    assert (REPORT.visual_tokens, REPORT.kept_tokens, REPORT.text_only) == (688, 70, False)
+
+
+@pytest.mark.parametrize("show", [str, rendered])
+def test_a_text_only_prompt_says_that_nothing_was_pruned(show: Callable[[Report], str]) -> None:
+    assert (TEXT_ONLY.visual_tokens, TEXT_ONLY.kept_tokens, TEXT_ONLY.text_only) == (0, 0, True)
+    text = show(TEXT_ONLY)
+    assert "none: text-only prompt, ran unpruned" in text and "- (0 steps)" in text and "None" not in text
+
+
+def test_plain_data_survives_json_and_holds_every_field() -> None:
+    data = json.loads(json.dumps(REPORT.to_dict()))
+    assert data == {
+        "method": "HiRED(alpha=0.3)",
+        "budget": "20%",
+        "positions": "packed",
+        "plan": json.loads(json.dumps({k: v for k, v in json.loads(REPORT.plan.to_json()).items() if k != "version"})),
+        "encode_ms": 12.345,
+        "probe_ms": 1.5,
+        "select_ms": 0.5,
+        "compact_ms": 0.25,
+        "prefill_ms": 100.0,
+        "decode_steps": 31,
+        "decode_ms_per_token": 7.125,
+        "kv_bytes": 1_234_567,
+        "kv_bytes_unpruned": 7_654_321,
+        "visual_tokens": 688,
+        "kept_tokens": 70,
+        "text_only": False,
+    }
+
+
+def test_square_brackets_in_a_method_are_text_and_not_markup() -> None:
+    assert "Own(layers=[1, 2])" in rendered(replace(REPORT, method="Own(layers=[1, 2])"))
+    assert "Own(mode=[bold])" in rendered(replace(REPORT, method="Own(mode=[bold])"))

@@ -1,0 +1,52 @@
+"""The command line: ``vlm-budget demo | run | list | explain``, one file per verb.
+
+Only typer and rich load here; torch and transformers load inside the verbs that need them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .catalog import list_names
+from .demo import demo
+from .explain import explain
+from .run import run
+
+app = typer.Typer(
+    name="vlm-budget",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo)
+app.command("run")(run)
+app.command("list")(list_names)
+app.command("explain")(explain)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vlm-budget {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="Start here: [bold]vlm-budget demo[/bold]. Then: "
+    "[bold]vlm-budget run photo.jpg --prompt 'What is this?' --model llava-hf/llava-v1.6-vicuna-7b-hf[/bold]"
+)
+def vlm_budget(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Spend the visual tokens of a vision-language model on purpose: prune to a budget, see what it costs and saves."""
+
+
+def main() -> None:
+    """Entry point of the ``vlm-budget`` command."""
+    app()

@@ -1,0 +1,5 @@
+"""``python -m vlm_budget.cli`` is ``vlm-budget``."""
+
+from . import main
+
+main()

@@ -1,0 +1,242 @@
+"""``vlm-budget demo``: a poster, its questions, and the answers at 100 % and within the budget."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ..budget import Budget
+from .common import (
+    BudgetOption,
+    DebugOption,
+    Device,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    FieldOption,
+    JsonOption,
+    MethodOption,
+    ModelOption,
+    OutOption,
+    PositionsOption,
+    check_out,
+    clean,
+    err_console,
+    out_console,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .compare import Comparison, Setting, Side
+    from .loading import Loaded
+    from .progress import Runs
+
+_BATCH = 24  # prompts that are answered at once when only accuracy is wanted
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question with its truth and both answers."""
+
+    question: str
+    truth: str
+    comparison: Comparison
+
+
+@clean
+def demo(
+    model: ModelOption = "nano",
+    method: MethodOption = "hired",
+    budget: BudgetOption = "20%",
+    option: FieldOption = None,
+    positions: PositionsOption = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=999, help="Which of the held-out posters.")] = 0,
+    pages: Annotated[
+        int, typer.Option("--pages", min=0, max=600, help="Posters for the accuracy line; 0 leaves it out.")
+    ] = 20,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured rounds per question.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 8,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.auto,
+    out: OutOption = Path("kept.png"),
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show on one poster what a budget does, with no download.
+
+    nano, a small model that ships with the library, answers questions about a generated poster that it has not seen,
+    with all visual tokens and within the budget. Wrong answers are shown as wrong.
+
+    Examples:
+
+      vlm-budget demo
+
+      vlm-budget demo --budget 10% --method random --seed 3
+
+      vlm-budget demo --model llava-hf/llava-v1.6-vicuna-7b-hf --pages 0
+    """
+    spend = Budget.parse(budget)
+    spend.require_token_unit()
+    check_out(out)
+
+    from .compare import Setting, compare
+    from .loading import NANO, load
+    from .options import build_pruner
+    from .progress import runs, steps
+    from .prompt import build_inputs
+    from .show import save_kept
+
+    stderr = err_console()
+    with steps(stderr, 6) as step:
+        step("reading the method")
+        pruner = build_pruner(method, option or [])
+        loaded = load(model, device.value, dtype.value, step, debug)
+        step("drawing posters")
+        samples = importlib.import_module(f"{NANO}.data").test_set(max(seed + 1, pages))
+    setting = Setting(pruner, spend, positions.value if positions else None, max_new_tokens, repeats)
+    sample, asked = samples[seed], []
+    batches = -(-sum(len(page.questions) for page in samples[:pages]) // _BATCH)
+    with runs(stderr, 2 * setting.rounds * len(sample.questions) + 2 * batches) as bar:
+        for question in sample.questions:
+            inputs = build_inputs(loaded.processor, [question.prompt], [[sample.image]], loaded.model)
+            asked.append(Asked(question.prompt, question.answer, compare(loaded, inputs, setting, bar)))
+        accuracy = held_out(loaded, samples[:pages], setting, bar) if pages else None
+    kept = asked[0].comparison.kept
+    save_kept(out, [sample.image], kept, f"{pruner} at {spend}", [f"poster {seed}"])
+    if as_json:
+        print_json(_facts(loaded, setting, seed, asked, accuracy, out))
+    else:
+        _show(out_console(), loaded, setting, seed, asked, accuracy, out)
+
+
+def is_right(answer: str, truth: str) -> bool:
+    """The truth is among the answer's words."""
+    return truth.lower() in re.findall(r"\w+", answer.lower())
+
+
+def held_out(loaded: Loaded, samples: Sequence[Any], setting: Setting, runs: Runs) -> dict[str, Any]:
+    """Share of right answers over posters, unpruned and within the budget, answered in batches."""
+    import torch
+
+    from .prompt import build_inputs
+
+    pairs = [(page.image, question) for page in samples for question in page.questions]
+    right = {"full": 0, "pruned": 0}
+    for start in range(0, len(pairs), _BATCH):
+        batch = pairs[start : start + _BATCH]
+        inputs = build_inputs(
+            loaded.processor, [question.prompt for _, question in batch], [[image] for image, _ in batch], loaded.model
+        )
+        for name, budget in (("full", Budget(1.0)), ("pruned", setting.budget)):
+            runs.begin(f"posters 1 to {len(samples)} at {budget}")
+            with setting.patch(loaded.model, budget), torch.inference_mode():
+                ids = loaded.model.generate(**inputs, max_new_tokens=setting.max_new_tokens, do_sample=False)
+            runs.end()
+            texts = loaded.processor.tokenizer.batch_decode(
+                ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            right[name] += sum(is_right(text, q.answer) for text, (_, q) in zip(texts, batch, strict=True))
+    return {"posters": len(samples), "questions": len(pairs), **{f"right_{name}": n for name, n in right.items()}}
+
+
+def mean_sides(asked: Sequence[Asked]) -> tuple[Side, Side]:
+    """Means of all numbers over the questions, per column."""
+    from .compare import Side
+
+    def mean(sides: Sequence[Side]) -> Side:
+        values: dict[str, Any] = {"answer": ""}
+        for field in fields(Side)[1:]:
+            known = [getattr(side, field.name) for side in sides if getattr(side, field.name) is not None]
+            values[field.name] = statistics.fmean(known) if known else None
+        return Side(**values)
+
+    return mean([a.comparison.full for a in asked]), mean([a.comparison.pruned for a in asked])
+
+
+def _facts(
+    loaded: Loaded, setting: Setting, seed: int, asked: Sequence[Asked], accuracy: dict[str, Any] | None, out: Path
+) -> dict[str, Any]:
+    from .run import kept_facts
+
+    return {
+        "command": "demo",
+        "model": loaded.facts(),
+        "method": str(setting.pruner),
+        "budget": str(setting.budget),
+        "seed": seed,
+        "repeats": setting.repeats,
+        "questions": [
+            {
+                "question": a.question,
+                "truth": a.truth,
+                "right_full": is_right(a.comparison.full.answer, a.truth),
+                "right_pruned": is_right(a.comparison.pruned.answer, a.truth),
+                **a.comparison.to_dict(),
+            }
+            for a in asked
+        ],
+        "mean": {name: asdict(side) for name, side in zip(("full", "pruned"), mean_sides(asked), strict=True)},
+        "accuracy": accuracy,
+        "kept": kept_facts(asked[0].comparison.kept),
+        "kept_picture": str(out),
+    }
+
+
+def _show(
+    console: Console,
+    loaded: Loaded,
+    setting: Setting,
+    seed: int,
+    asked: Sequence[Asked],
+    accuracy: dict[str, Any] | None,
+    out: Path,
+) -> None:
+    from .show import times_table
+
+    say: Callable[..., None] = console.print
+    size = sum(parameter.numel() for parameter in loaded.model.parameters()) / 1e6
+    about = f"{loaded.name}: {type(loaded.model).__name__}, {size:.3g} M parameters"
+    say(f"[bold]{about}[/bold], {loaded.device}, {loaded.dtype}")
+    if loaded.shipped:
+        say(
+            "A small model trained on generated posters, to show the machinery at work without a download.", style="dim"
+        )
+    full, pruned = mean_sides(asked)
+    budget = str(setting.budget)
+    table = Table(title=f"Poster {seed}: {setting.pruner} at {budget}", title_justify="left", header_style="bold")
+    for name in (
+        "question",
+        "truth",
+        f"100%, {full.visual_tokens:.0f} tokens",
+        f"{budget}, {pruned.visual_tokens:.0f} tokens",
+    ):
+        table.add_column(name, overflow="fold")
+    for a in asked:
+        answers = (_judged(side.answer, a.truth) for side in (a.comparison.full, a.comparison.pruned))
+        table.add_row(a.question, a.truth, *answers)
+    say()
+    say(table)
+    say()
+    say(times_table(full, pruned, f"Mean of {len(asked)} questions", budget))
+    if accuracy:
+        count = accuracy["questions"]
+        shares = [f"[bold]{accuracy[name] / count:.0%}[/bold]" for name in ("right_full", "right_pruned")]
+        say(f"\nOver {accuracy['posters']} unseen posters, {count} questions: ", end="")
+        say(f"{shares[0]} right with all tokens, {shares[1]} at {budget}.")
+    say(f"What was kept: [bold]{out}[/bold]")
+
+
+def _judged(answer: str, truth: str) -> Text:
+    right = is_right(answer, truth)
+    return Text.assemble((answer or "(nothing)", "green" if right else "red"), "" if right else ("  wrong", "red"))

@@ -45,6 +45,6 @@ class ClsTopK(Pruner):
         item = ctx.item
         scores = ctx.token_scores(next(iter(ctx.attention)))
         if self.scope == "item":
-            return scores.topk(k).indices
+            return scores.argsort(descending=True, stable=True)[:k]  # unlike topk, ties go to the earlier everywhere
         sizes = torch.bincount(item.partition[item.candidates], minlength=len(item.partitions)).tolist()
         return segmented_topk(scores, item.partition, split(k, [float(n > 0) for n in sizes], sizes))

@@ -121,13 +121,13 @@ class HiRED(Pruner):
         return quotas
 
     def _crop_content(self, attention: torch.Tensor, under: torch.Tensor, crops: int) -> list[float]:
-        mass = attention.double()
+        mass = attention.cpu().double()  # counts are needed on the host anyway, and there they are the same everywhere
         if self.content == "count":
             top = int(len(mass) * (1 - self.alpha)) if self.count_top is None else self.count_top
-            hits = mass.topk(min(max(top, 1), len(mass))).indices
+            hits = mass.argsort(descending=True, stable=True)[: max(top, 1)]  # unlike topk, ties go to the earlier
             mass = torch.zeros_like(mass).index_fill_(0, hits, 1.0)
-        sums = torch.zeros(crops + 1, dtype=mass.dtype, device=mass.device)
-        return sums.index_add_(0, under.to(mass.device), mass)[:crops].tolist()
+        sums = torch.zeros(crops + 1, dtype=mass.dtype, device="cpu")
+        return sums.index_add_(0, under, mass)[:crops].tolist()
 
 
 def patches_under(thumbnail: Partition, crops: Sequence[Partition]) -> torch.Tensor:
@@ -137,9 +137,9 @@ def patches_under(thumbnail: Partition, crops: Sequence[Partition]) -> torch.Ten
         [rows * cols] int64 crop indices; ``len(crops)`` where no crop holds the centre.
     """
     left, top, right, bottom = thumbnail.box
-    x = left + (torch.arange(thumbnail.cols, dtype=torch.double) + 0.5) / thumbnail.cols * (right - left)
-    y = top + (torch.arange(thumbnail.rows, dtype=torch.double) + 0.5) / thumbnail.rows * (bottom - top)
-    owner = torch.full((thumbnail.rows, thumbnail.cols), len(crops))
+    x = left + (torch.arange(thumbnail.cols, dtype=torch.double, device="cpu") + 0.5) / thumbnail.cols * (right - left)
+    y = top + (torch.arange(thumbnail.rows, dtype=torch.double, device="cpu") + 0.5) / thumbnail.rows * (bottom - top)
+    owner = torch.full((thumbnail.rows, thumbnail.cols), len(crops), device="cpu")
     for index, crop in enumerate(crops):
         inside = ((y >= crop.box[1]) & (y < crop.box[3]))[:, None] & ((x >= crop.box[0]) & (x < crop.box[2]))[None]
         owner[inside & (owner == len(crops))] = index

@@ -18,13 +18,19 @@ class Random(Pruner):
     """Keep a uniformly random subset.
 
     Attributes:
-        seed: Seed of the draw.
+        seed: Seed of the draw, any int.
     """
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Check the seed."""
+        super().__post_init__()
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed must be an int, got {self.seed!r}")
+
     def pick(self, ctx: Context, k: int) -> torch.Tensor:
         """Draw ``k`` candidates without replacement, on the CPU so that every device gives the same draw."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + ctx.order)
+        generator = torch.Generator("cpu").manual_seed((self.seed * 1_000_003 + ctx.order) % 2**63)
         candidates = ctx.item.candidates
-        return candidates[torch.randperm(len(candidates), generator=generator)[:k]].to(ctx.device)
+        return candidates[torch.randperm(len(candidates), generator=generator, device="cpu")[:k]].to(ctx.device)

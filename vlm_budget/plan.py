@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,17 @@ class Plan:
                 f"the input has {[list(row) for row in sizes]}. Make a plan for this input with handle.plan(**inputs)."
             )
         return [[item.keep for item in row] for row in mine]
+
+    def repeated(self, copies: int) -> Plan:
+        """The plan of a batch in which every row stands ``copies`` times, one after the other."""
+        items = (
+            replace(item, row=row * copies + copy)
+            for row in range(self.rows)
+            for copy in range(copies)
+            for item in self.items
+            if item.row == row
+        )
+        return replace(self, items=tuple(items), rows=self.rows * copies)
 
     def to_json(self) -> str:
         """The plan as JSON text that :meth:`from_json` reads back to an equal plan."""

@@ -77,9 +77,11 @@ class Context:
     def token_scores(self, need: Attention) -> torch.Tensor:
         """[n] float32 scores in token order; ``-inf`` for separators."""
         flat = torch.cat(list(self.attention[need]))
-        sizes = torch.tensor([0] + [grid.rows * grid.cols for grid in self.item.partitions]).cumsum(0)
-        index = (sizes[self.item.partition] + self.item.patch).clamp_min(0).to(flat.device)
-        separator = (self.item.partition < 0).to(flat.device)
+        partition = self.item.partition
+        sizes = [0, *(grid.rows * grid.cols for grid in self.item.partitions)]
+        starts = torch.tensor(sizes, device=partition.device).cumsum(0)
+        index = (starts[partition] + self.item.patch).clamp_min(0).to(flat.device)
+        separator = (partition < 0).to(flat.device)
         return flat[index].masked_fill(separator, float("-inf"))
 
 
@@ -168,26 +170,30 @@ class Pruner:
 
     def _select_used_rows(self, ctx: Context, separators: torch.Tensor, k: int, available: int) -> Selection:
         line = ctx.item.line.to(ctx.device)
-        patches = min(k, available)
-        # Each round leaves room for the rows the last choice used; fewer patches never need more rows for long, so
-        # this ends after a few rounds. What the last round left over goes to the separators of unused rows.
-        while True:
-            chosen = self._checked_pick(ctx, patches)
-            used = torch.isin(line[separators], line[chosen.keep])
-            room = k - patches
-            if int(used.sum()) <= room or patches == 1:
-                ranked = separators[torch.argsort(~used, stable=True)]
-                return self._with_separators(ctx, chosen, ranked[:room], k)
-            patches = max(1, min(patches - 1, k - int(used.sum())))
+        # The most patches whose rows' separators still fit, by bisection: exact for methods whose smaller choice is
+        # part of the larger one, close for others. What is left over goes to the separators of unused rows.
+        low, high = max(1, k - len(separators)), min(k, available)  # with ``low``, room is left for every separator
+        chosen = None
+        while low < high:
+            middle = (low + high + 1) // 2
+            picked = self._checked_pick(ctx, middle)
+            if int(torch.isin(line[separators], line[picked.keep]).sum()) <= k - middle:
+                low, chosen = middle, picked
+            else:
+                high = middle - 1
+        chosen = chosen or self._checked_pick(ctx, low)
+        unused = ~torch.isin(line[separators], line[chosen.keep])
+        ranked = separators[torch.argsort(unused, stable=True)]
+        return self._with_separators(ctx, chosen, ranked[: k - low], k)
 
     def _checked_pick(self, ctx: Context, k: int) -> Selection:
         if k == 0:
             return Selection(torch.empty(0, dtype=torch.long, device=ctx.device))
         picked = self.pick(ctx, k)
         selection = picked if isinstance(picked, Selection) else Selection(picked)
+        if fault := _broken_promise(selection, ctx, k):
+            raise SelectionError(f"{self} promised {k} distinct patch tokens, and returned {fault}")
         keep = selection.keep.to(ctx.device)
-        if keep.ndim != 1 or len(keep) != k or keep.dtype != torch.long:
-            raise SelectionError(f"{self} promised {k} positions, returned {tuple(keep.shape)} of {keep.dtype}")
         order = keep.argsort()
         values = None if selection.values is None else selection.values[order]
         return Selection(keep[order], values)
@@ -209,3 +215,20 @@ class Pruner:
             if getattr(self, field.name) != field.default
         ]
         return f"{type(self).__name__}({', '.join(changed)})"
+
+
+def _broken_promise(selection: Selection, ctx: Context, k: int) -> str | None:
+    keep, values, item = selection.keep, selection.values, ctx.item
+    if not isinstance(keep, torch.Tensor):
+        return f"{type(keep).__name__}, not a tensor"
+    if keep.shape != (k,) or keep.dtype != torch.long:
+        return f"{list(keep.shape)} of {keep.dtype}"
+    if values is not None and values.shape != (k, ctx.features.shape[-1]):
+        return f"values of shape {list(values.shape)}, not {[k, ctx.features.shape[-1]]}"
+    if keep.device.type != "cpu":
+        return None  # looking inside would stop the host; the engine's count still catches a token taken twice
+    if keep.min() < 0 or keep.max() >= item.size:
+        return f"positions {int(keep.min())} to {int(keep.max())} in an item of {item.size}"
+    if len(keep.unique()) < k:
+        return "some of them twice"
+    return "separators among them" if (item.partition[keep] < 0).any() else None

@@ -53,8 +53,8 @@ the four alike often. Training, validation and test pages come from different se
 
 ## Recipe
 
-Preset `{preset}`; each run had one CPU thread on a machine shared with other work, so the minutes are upper
-bounds. Shipped is seed {shipped} of {seeds} independent trainings (each with its own random start, vision
+Preset `{preset}`; each run had one or two CPU threads on a machine shared with other work, so the minutes are
+upper bounds. Shipped is seed {shipped} of {seeds} independent trainings (each with its own random start, vision
 tower and pages), chosen on the validation pages (seed {validation_seed}), never on the test pages.
 
 {recipe}
@@ -71,7 +71,7 @@ accuracy of giving each task's most frequent answer.
 
 ## Limits
 
-- Synthetic posters of 96 x 96 pixels, {words} words, four tasks: nothing here is a photograph or a sentence.
+- Synthetic posters of 96 x 96 pixels, {words} tokens of vocabulary, four tasks: no photographs, no sentences.
 - Digits are easy salience on clean pages, which flatters every content-based method; the hard pages are there
   to say so.
 - The vision tower was taught with patch and CLS labels that are richer than CLIP's captions. The CLS of the

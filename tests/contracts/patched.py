@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import IMAGE, VIDEO
+from tiny_parts import IMAGE, VIDEO
 
 from vlm_budget import PatchHandle
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import IMAGE, Tiny, row_inputs
+from tiny_parts import IMAGE, Tiny, row_inputs
 from transformers.generation.streamers import BaseStreamer
 
 from .conftest import TOKENS, Case
@@ -40,7 +40,7 @@ def test_static_cache(generating_case: Case) -> None:
     check_same_tokens(generating_case, "static cache", cache_implementation="static")
 
 
-@pytest.mark.parametrize("chunk", [7, 16, 63])
+@pytest.mark.parametrize("chunk", [7, 63])
 def test_chunked_prefill(generating_case: Case, chunk: int) -> None:
     check_same_tokens(generating_case, f"prefill in chunks of {chunk}", prefill_chunk_size=chunk)
 
@@ -141,6 +141,7 @@ def test_sampling_of_several_sequences(generating_case: Case) -> None:
 
 def test_sampling_is_reproducible_by_seed(generating_case: Case) -> None:
     tiny = generating_case.tiny
+    unpatched_or_skip(lambda: samples(tiny.model, row_inputs(tiny, 1)), None, "several sequences per prompt")
     with generating_case.patch():
         first, second = (samples(tiny.model, row_inputs(tiny, 1)) for _ in range(2))
     assert first[0] == second[0]

@@ -42,7 +42,7 @@ assert not heavy, heavy
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("hird", "'hired'"), ("HiRED", "'hired'"), ("clstopk", "'cls_topk'"), ("unifrom", "'uniform'")]
+    ("typed", "meant"), [("hird", "'hired'"), ("HiRED", "'hired'"), ("clstopk", "'cls_topk'"), ("unifrm", "'uniform'")]
 )
 def test_a_misspelt_name_is_answered_with_the_near_ones_and_all(typed: str, meant: str) -> None:
     with pytest.raises(

@@ -187,6 +187,13 @@ def test_only_an_image_alone_in_its_prompt_is_cut() -> None:
     assert kinds == [["image"], ["image"], ["thumbnail", "crop", "crop", "crop", "crop"]]
 
 
+def test_smolvlm_encodes_one_tile_of_an_empty_batch() -> None:
+    tiny = build("smolvlm")
+    empty = torch.zeros_like(tiny.inputs["pixel_values"])
+    observed = observe(tiny, "image", pixels=empty)[1]
+    assert [len(part) for part in observed.features] == [item.size for item in observed.items] == [36]
+
+
 def test_frames_know_their_time() -> None:
     for name, times in (
         ("llava_next_video", [[0, 1, 2, 3]] * 2),

@@ -216,9 +216,11 @@ def last_item(tiny: Tiny, modality: str) -> Tiny:
     return Tiny(tiny.model, inputs, tiny.family, tiny.spans)
 
 
-def test_a_tower_that_saw_something_else_is_refused(setup: Tiny) -> None:
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_tower_that_saw_other_partitions_is_refused(setup: Tiny, more: int) -> None:
     base, family = setup.model.model, family_of(setup)
     modality = modalities(setup)[0]
     items = observe(setup, modality)[1].items
+    rows = torch.ones(sum(len(item.partitions) for item in items) + more, 37)
     with pytest.raises(LayoutError, match="the vision tower saw"):
-        family.token_attention(base, modality, "received", [torch.ones(1, 37)], items, arguments(setup, modality))  # type: ignore[arg-type]
+        family.token_attention(base, modality, "received", [rows], items, arguments(setup, modality))  # type: ignore[arg-type]

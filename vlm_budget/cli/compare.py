@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..budget import Budget
@@ -91,7 +91,7 @@ class Setting:
         budget: What it may spend.
         positions: Override of its position ids.
         max_new_tokens: Longest answer.
-        repeats: Measured rounds; with more than one, a round that warms up goes before.
+        repeats: Measured rounds; two short runs warm up before them.
     """
 
     pruner: Pruner
@@ -101,9 +101,9 @@ class Setting:
     repeats: int
 
     @property
-    def rounds(self) -> int:
-        """Rounds that are run."""
-        return self.repeats + (self.repeats > 1)
+    def runs(self) -> int:
+        """Calls of ``generate`` that :func:`compare` makes."""
+        return 2 + 3 * self.repeats
 
     def patch(self, model: Any, budget: Budget) -> PatchHandle:
         """Patch a model with the method at a budget."""
@@ -120,42 +120,62 @@ def ratio(full: float | None, pruned: float | None) -> float | None:
 def compare(loaded: Loaded, inputs: Any, setting: Setting, runs: Runs) -> Comparison:
     """Answer one prompt both ways, in turns, so that a slow minute hits both.
 
+    The unpruned answer and its time to the first token are the unpatched model's own; its stages are read off a second
+    run that is patched with a budget of 100 %, which computes the same.
+
     Raises:
         BudgetError: The prompt cannot meet the budget; said before anything runs.
     """
     with setting.patch(loaded.model, setting.budget) as handle:
         handle.plan(**inputs)
-    budgets = {"full": Budget(1.0), "pruned": setting.budget}
-    sides: dict[str, list[Side]] = {name: [] for name in budgets}
-    for number in range(setting.rounds):
-        for name, budget in budgets.items():
-            runs.begin(f"answering at {FULL if name == 'full' else budget}")
-            with setting.patch(loaded.model, budget) as handle:
-                side = _answer(loaded, inputs, handle, setting.max_new_tokens, runs)
-            runs.end()
-            if number or setting.rounds == 1:
-                sides[name].append(side)
+        runs.begin("warming up")
+        _answer(loaded, inputs, replace(setting, max_new_tokens=2), runs)
+    _answer(loaded, inputs, replace(setting, max_new_tokens=2), runs)
+    full: list[Side] = []
+    pruned: list[Side] = []
+    for _ in range(setting.repeats):
+        runs.begin(f"answering at {FULL}")
+        answer = _answer(loaded, inputs, setting, runs)
+        with setting.patch(loaded.model, Budget(1.0)) as handle:
+            whole = _side(_answer(loaded, inputs, setting, runs), handle)
+        runs.begin(f"answering at {setting.budget}")
+        with setting.patch(loaded.model, setting.budget) as handle:
+            pruned.append(_side(_answer(loaded, inputs, setting, runs), handle))
+        full.append(replace(whole, answer=answer.text, first_token_ms=answer.first_token_ms))
     report = handle.report()
-    return Comparison(
-        _median(sides["full"]), _median(sides["pruned"]), handle.kept(), report.positions, report.text_only
-    )
+    return Comparison(_median(full), _median(pruned), handle.kept(), report.positions, report.text_only)
 
 
-def _answer(loaded: Loaded, inputs: Any, handle: PatchHandle, max_new_tokens: int, runs: Runs) -> Side:
+@dataclass(frozen=True)
+class _Answer:
+    """What one ``generate`` gave."""
+
+    text: str
+    tokens: int
+    first_token_ms: float
+
+
+def _answer(loaded: Loaded, inputs: Any, setting: Setting, runs: Runs) -> _Answer:
     import torch
 
     clock = TokenClock(runs.token)
     with torch.inference_mode():
         ids = loaded.model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, streamer=clock
+            **inputs, max_new_tokens=setting.max_new_tokens, do_sample=False, num_beams=1, streamer=clock
         )
-    report = handle.report()
+    runs.end()
     new = ids[0, inputs["input_ids"].shape[1] :]
+    text = loaded.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+    return _Answer(text, len(new), clock.first_token_ms)
+
+
+def _side(answer: _Answer, handle: PatchHandle) -> Side:
+    report = handle.report()
     return Side(
-        answer=loaded.processor.tokenizer.decode(new, skip_special_tokens=True).strip(),
+        answer=answer.text,
         visual_tokens=report.kept_tokens,
-        new_tokens=len(new),
-        first_token_ms=clock.first_token_ms or 0.0,
+        new_tokens=answer.tokens,
+        first_token_ms=answer.first_token_ms,
         encode_ms=report.encode_ms,
         selection_ms=report.probe_ms + report.select_ms,
         compact_ms=report.compact_ms,

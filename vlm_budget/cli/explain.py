@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import types
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 from rich.padding import Padding
@@ -53,18 +55,27 @@ def explain(
 
 def fields_of(cls: type[Pruner]) -> list[dict[str, str]]:
     """Name, type, default and meaning of every field, the method's own first."""
-    docs = attribute_docs(cls)
+    docs, hints = attribute_docs(cls), get_type_hints(cls)
     own = [field for field in fields(cls) if field.name in vars(cls).get("__annotations__", {})]
     rest = [field for field in fields(cls) if field not in own]
     return [
         {
             "name": field.name,
-            "type": str(field.type),
-            "default": "required" if field.default is MISSING else repr(field.default),
+            "type": _type_text(hints[field.name]),
+            "default": "required" if field.default is MISSING else str(field.default),
             "meaning": docs.get(field.name, ""),
         }
         for field in own + rest
     ]
+
+
+def _type_text(hint: Any) -> str:
+    """A type as one writes a value of it."""
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " | ".join("none" if kind is type(None) else _type_text(kind) for kind in get_args(hint))
+    return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
 
 
 def needs_of(cls: type[Pruner]) -> list[str]:
@@ -79,16 +90,23 @@ def needs_of(cls: type[Pruner]) -> list[str]:
     with_cls, without = (pruner.needs(Tower(_LAYERS, feature_layer, has_cls)) for has_cls in (True, False))
     words = [_need(need, feature_layer) for need in dict.fromkeys(with_cls)]
     if [need.kind for need in with_cls] != [need.kind for need in without]:
-        words.append("in towers without a class token: the attention each patch receives, instead")
+        words.append("(received attention instead, in towers without a class token)")
     return words or ["no attention scores: places and features of the tokens are enough"]
 
 
 def _need(need: Attention, feature_layer: int) -> str:
-    kind = {"cls": "attention of the class token", "received": "attention each patch receives"}.get(
-        need.kind, need.kind
-    )
+    kind = {"cls": "class-token attention", "received": "received attention"}.get(need.kind, need.kind)
     where = "the layer the language model reads" if need.layer == feature_layer else f"layer {need.layer}"
-    return f"{kind} at {where} of the vision tower"
+    return f"{kind} of the vision tower, {where}"
+
+
+def reflow(text: str) -> str:
+    """A docstring without its line breaks: one line per paragraph and per bullet."""
+    blocks = []
+    for block in text.replace("``", "").split("\n\n"):
+        items = re.split(r"\n(?=\* )", block)
+        blocks.append("\n".join(" ".join(item.split()) for item in items))
+    return "\n\n".join(blocks)
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -110,5 +128,5 @@ def _show(facts: dict[str, Any]) -> None:
     for row in facts["fields"]:
         table.add_row(*(Text(row[column]) for column in ("name", "type", "default", "meaning")))
     console.print(table)
-    console.print(Padding(Text(facts["about"].replace("``", "")), (1, 0, 0, 0)))
-    console.print(f"\nTry it: [bold]vlm-budget demo --method {facts['method']}[/bold]")
+    console.print(Padding(Text(reflow(facts["about"])), (1, 0, 0, 0)))
+    console.print(f"\nSee it at work: [bold]vlm-budget demo --method {facts['method']}[/bold]")

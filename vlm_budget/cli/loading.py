@@ -86,9 +86,7 @@ def resolve(name: str) -> tuple[str, bool]:
 
 def _folder(path: Path, name: str) -> str:
     if not path.exists():
-        raise ModelLoadError(
-            f"there is no model folder {str(path)!r}" + ("" if str(path) == name else f" for {name!r}")
-        )
+        raise ModelLoadError(f"there is no model folder {name!r}")
     if not path.is_dir():
         raise ModelLoadError(f"{name!r} is a file; --model takes a folder with a config.json, or a hub id")
     if not (path / "config.json").is_file():
@@ -151,6 +149,8 @@ def load(name: str, device: str, dtype: str, step: Callable[[str], None], debug:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         what = "" if Path(source).is_dir() else "neither a folder here nor a model that the hub gives: "
         raise ModelLoadError(f"cannot load {name!r}: {what}{reason}") from error
+    if shipped and where == "cpu":
+        torch.set_num_threads(min(torch.get_num_threads(), 4))  # more threads make a model of a million weights slower
     return Loaded(name, shipped, family, model, processor)
 
 

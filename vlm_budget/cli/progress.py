@@ -85,7 +85,7 @@ class TokenClock:
     def __init__(self, on_token: Callable[[int], None]) -> None:
         self._on_token = on_token
         self._start = time.perf_counter()
-        self.first_token_ms: float | None = None
+        self.first_token_ms = 0.0
         self.tokens = -1  # the first call brings the prompt
 
     def put(self, value: Any) -> None:

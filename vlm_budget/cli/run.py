@@ -45,9 +45,7 @@ def run(
     option: FieldOption = None,
     positions: PositionsOption = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 32,
-    repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Measured rounds; above 1, one more warms up first.")
-    ] = 3,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured rounds.")] = 3,
     seed: Annotated[int, typer.Option("--seed", help="Seed of torch, for methods that draw.")] = 0,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.auto,
@@ -94,7 +92,7 @@ def run(
     torch.manual_seed(seed)
     setting = Setting(pruner, spend, positions.value if positions else None, max_new_tokens, repeats)
     inputs = build_inputs(loaded.processor, [prompt], [pictures], loaded.model)
-    with runs(stderr, 2 * setting.rounds) as bar:
+    with runs(stderr, setting.runs) as bar:
         comparison = compare(loaded, inputs, setting, bar)
     drawn = not comparison.text_only
     if drawn:

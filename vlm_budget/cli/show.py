@@ -51,12 +51,17 @@ def _table(title: str, budget: str) -> Table:
 
 
 def _rows(full: Side, pruned: Side) -> list[tuple[str, str, str, str]]:
-    rows = [("visual tokens", "none", "none", "")]
+    rows = [("time to first token", *_numbers(full, pruned, "first_token_ms"))]
     if full.visual_tokens:
-        rows = [("visual tokens", *_numbers(full, pruned, "visual_tokens", "{:,.0f}"))]
-    rows.append(("time to first token", *_numbers(full, pruned, "first_token_ms")))
-    rows.append(("  vision tower", *_numbers(full, pruned, "encode_ms")))
-    rows.append(("  selection", "-", f"{pruned.selection_ms:.2f} ms", ""))
+        rows = [
+            ("visual tokens", *_numbers(full, pruned, "visual_tokens", "{:,.0f}")),
+            *rows,
+            ("  vision tower", *_numbers(full, pruned, "encode_ms")),
+            ("  selection", "-", f"{pruned.selection_ms:.2f} ms", ""),
+            ("  compaction", "-", f"{pruned.compact_ms:.2f} ms", ""),
+        ]
+    else:
+        rows.insert(0, ("visual tokens", "none", "none", ""))
     rows.append(("  prefill", *_numbers(full, pruned, "prefill_ms")))
     if full.decode_ms_per_token is not None and pruned.decode_ms_per_token is not None:
         rows.append(("decode per token", *_numbers(full, pruned, "decode_ms_per_token")))

@@ -34,10 +34,7 @@ from .compact import Compaction, compact, packed_positions
 from .local import CallLocal
 from .masks import compact_square, is_square, new_columns_valid, padding_mask
 from .observe import Observer
-from .selection import Observation, PromptSelection, make_plan, seen_rows, select
-
-_SEEN = "_vlm_budget_seen"
-
+from .selection import Observation, PromptSelection, make_plan, seen_rows, select, tie_observation, tied_observations
 
 @dataclass(frozen=True, eq=False)
 class Pending:
@@ -91,16 +88,18 @@ class Boundary:
     def watch_generate(self, call: Any, args: Any, kwargs: Any) -> Any:
         """Around ``generate``: remember the prompts' placeholders, which chunked prefill never shows as a whole."""
         local = self._local
-        earlier = (getattr(local, "counts", None), getattr(local, "prompt_length", None))
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        known = isinstance(ids, torch.Tensor) and ids.numel() > 0
+        earlier = [getattr(local, name, None) for name in ("counts", "prompts", "prompt_length")]
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        known = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() > 0
         local.counts = self._count_placeholders(ids) if known else None
-        local.prompt_length = ids.shape[1] if known else 0
+        local.prompts, local.prompt_length = ids.shape if known else (0, 0)
+        # Features given here lose their ties when generate cuts them into chunks.
+        local.latest, local.selection = tied_observations(kwargs), None
         self._open_account()
         try:
             return call(*args, **kwargs)
         finally:
-            local.counts, local.prompt_length = earlier
+            local.counts, local.prompts, local.prompt_length = earlier
             local.latest, local.selection = {}, None
 
     def watch_image_encoder(self, call: Any, args: Any, kwargs: Any) -> Any:
@@ -122,9 +121,7 @@ class Boundary:
         finally:
             local.encoding = False
         local.latest = {**getattr(local, "latest", {}), modality: seen}
-        if hasattr(output, "pooler_output"):
-            # Tie the scores to the features: whoever passes these features to a later call gets their scores.
-            setattr(output, _SEEN, seen)
+        tie_observation(output, seen)
         stages = self._account().stages
         stages["encode"].append(interval.stop())
         stages["probe"] += self.observer.probe_intervals()
@@ -135,19 +132,21 @@ class Boundary:
     def before_base(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Find this call's placeholders, if it brings pixels or encoded features."""
         local = self._local
-        local.visual, local.outer_mask, local.given = {}, kwargs.get("attention_mask"), {}
-        if not self._generating and _length(kwargs.get("past_key_values")) == 0:
-            self._open_account()
+        local.visual, local.outer_mask = {}, kwargs.get("attention_mask")
+        tied = tied_observations(kwargs)
+        if not self._generating:
+            local.latest = {}
+            if _length(kwargs.get("past_key_values")) == 0:
+                self._open_account()
+        local.latest = {**local.latest, **tied}
         ids = args[0] if args else kwargs.get("input_ids")
-        encoded = kwargs.get("mm_encoder_outputs") or {}
         for modality in self.family.given_modalities(kwargs):
             local.visual[modality] = self._placeholders(modality, ids, kwargs.get("inputs_embeds"))
-            local.given[modality] = getattr(encoded.get(modality), _SEEN, None)
 
     def after_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forget this call, also after an exception."""
         local = self._local
-        local.visual, local.outer_mask, local.given = {}, None, {}
+        local.visual, local.outer_mask = {}, None
         if not self._generating:
             local.latest, local.selection = {}, None
 
@@ -230,18 +229,20 @@ class Boundary:
             return known.selection
         interval = Interval(embeds.device)
         rows = seen_rows(observations, counts)
-        layout = VisualLayout(tuple(tuple(seen.item for seen in row) for row in rows))
+        copies = self._copies(len(rows))
+        layout = VisualLayout(tuple(tuple(seen.item for seen in row) for row in rows[::copies]))
         plan = self._plan(layout)
-        selection = select(self.pruner, plan, rows, embeds.device)
+        selection = select(self.pruner, plan.repeated(copies), rows, embeds.device)
         account = self._account()
-        account.plan, account.layout, account.keep = plan, layout, selection.keep
+        account.plan, account.layout = plan, layout
+        account.keep = {modality: table[::copies] for modality, table in selection.keep.items()}
         account.stages["select"].append(interval.stop())
         local.selection = _Known(observations, counts, selection)
         return selection
 
     def _observation(self, modality: Modality) -> Observation:
         local = self._local
-        seen: Observation | None = local.given.get(modality) or getattr(local, "latest", {}).get(modality)
+        seen: Observation | None = local.latest.get(modality)
         if seen is None:
             raise LayoutError(
                 f"the {modality} features of this call were not encoded by this patched model, so no scores belong to "
@@ -263,6 +264,11 @@ class Boundary:
             copies = sum(rows) // total if total and sum(rows) % total == 0 else 1
             result[modality] = rows[:: max(copies, 1)]
         return result
+
+    def _copies(self, rows: int) -> int:
+        """How often ``generate`` repeated every prompt, pixels included, as it does up to transformers 4.x."""
+        prompts = getattr(self._local, "prompts", None)
+        return rows // prompts if prompts and rows % prompts == 0 else 1
 
     def _plan(self, layout: VisualLayout) -> Plan:
         if isinstance(self.budget, Plan):
@@ -317,7 +323,8 @@ class Boundary:
 
         keep, embeds = self._kept_columns(selection, visual, embeds)
         compaction, tail = self._compaction(selection, keep & valid, valid, length)
-        new["inputs_embeds"] = compaction.take(embeds) * compaction.valid[..., None].to(embeds.dtype)
+        # Padding slots keep a dropped token's embedding: StaticCache counts its non-zero keys up to transformers 4.x.
+        new["inputs_embeds"] = compaction.take(embeds)
         new["position_ids"], shift = self._new_positions(positions, compaction, valid, shift)
         shorten_deepstack(new, compaction)
         whole = torch.cat([past_valid, compaction.valid], 1)

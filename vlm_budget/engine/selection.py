@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -30,6 +31,22 @@ class Observation:
     items: list[VisualItem]
     features: list[torch.Tensor]
     attention: Mapping[Attention, Sequence[Sequence[torch.Tensor]]]
+
+
+_SEEN = "_vlm_budget_seen"
+
+
+def tie_observation(output: Any, seen: Observation) -> None:
+    """Tie scores to features: whoever passes these features to a later call gets their scores."""
+    for features in (output, getattr(output, "pooler_output", None)):
+        if isinstance(features, torch.Tensor) or hasattr(features, "pooler_output"):
+            setattr(features, _SEEN, seen)
+
+
+def tied_observations(kwargs: Mapping[str, Any]) -> dict[Modality, Observation]:
+    """What was seen of the features that a call was given in place of pixels."""
+    given = {"image": kwargs.get("image_hidden_states"), **(kwargs.get("mm_encoder_outputs") or {})}
+    return {modality: getattr(features, _SEEN) for modality, features in given.items() if hasattr(features, _SEEN)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ prunes. Most families are the class attributes below and one method, :meth:`Fami
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from torch import nn
 from ..errors import LayoutError, PatchError
 from ..layout import Modality, Partition, PartitionKind, VisualItem
 from ..pruner import Tower
+
+# Torch types the attributes of a module as tensors or modules; those of transformers' models are much else besides.
+Model: TypeAlias = Any
 
 _PIXELS: dict[Modality, tuple[str, ...]] = {
     "image": ("pixel_values", "image_hidden_states"),
@@ -38,25 +41,25 @@ class Family:
 
     # --- where things are ------------------------------------------------------------------------------------------
 
-    def base(self, model: nn.Module) -> nn.Module:
+    def base(self, model: Model) -> Model:
         """The inner model that holds vision tower and language model."""
-        return model.model if type(model).__name__.endswith("ForConditionalGeneration") else model  # type: ignore[return-value]
+        return model.model if type(model).__name__.endswith("ForConditionalGeneration") else model
 
-    def language_model(self, base: nn.Module) -> nn.Module:
+    def language_model(self, base: Model) -> nn.Module:
         """The decoder whose inputs are shortened."""
-        return base.language_model  # type: ignore[return-value]
+        return base.language_model
 
-    def vision_tower(self, base: nn.Module) -> nn.Module:
+    def vision_tower(self, base: Model) -> nn.Module:
         """The patch encoder."""
-        return base.vision_tower  # type: ignore[return-value]
+        return base.vision_tower
 
-    def vision_layers(self, base: nn.Module) -> Sequence[nn.Module]:
+    def vision_layers(self, base: Model) -> Sequence[nn.Module]:
         """The transformer layers of the vision tower."""
         tower = self.vision_tower(base)
-        inner = getattr(tower, "vision_model", tower)
-        return inner.encoder.layers  # type: ignore[return-value]
+        inner: Model = getattr(tower, "vision_model", tower)
+        return inner.encoder.layers
 
-    def vision_attention(self, base: nn.Module, layer: int) -> nn.Module:
+    def vision_attention(self, base: Model, layer: int) -> nn.Module:
         """The attention module of a vision layer.
 
         Raises:
@@ -67,11 +70,11 @@ class Family:
             raise PatchError(f"the vision tower has layers 0 to {len(layers) - 1}, there is no layer {layer}")
         return self.layer_attention(layers[layer])
 
-    def layer_attention(self, layer: nn.Module) -> nn.Module:
+    def layer_attention(self, layer: Model) -> nn.Module:
         """The attention module inside a vision layer."""
-        return layer.self_attn  # type: ignore[return-value]
+        return layer.self_attn
 
-    def tower(self, base: nn.Module) -> Tower:
+    def tower(self, base: Model) -> Tower:
         """What methods may know about the vision tower."""
         layers = len(self.vision_layers(base))
         return Tower(layers, self.feature_layer(base.config, layers), self.has_cls(base))
@@ -83,7 +86,7 @@ class Family:
         # hidden_states[0] is the embedding, hidden_states[i] the output of layer i - 1.
         return max((i - 1 if i >= 0 else layers + i) for i in indices)
 
-    def has_cls(self, base: nn.Module) -> bool:
+    def has_cls(self, base: Model) -> bool:
         """The vision tower has a class token in front."""
         tower = self.vision_tower(base)
         embeddings = getattr(getattr(tower, "vision_model", tower), "embeddings", None)
@@ -116,7 +119,7 @@ class Family:
 
     # --- how tokens are packed -------------------------------------------------------------------------------------
 
-    def items(self, base: nn.Module, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
+    def items(self, base: Model, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
         """Layout of every image or video of an encoder call, from the processor's inputs alone.
 
         Args:
@@ -126,9 +129,7 @@ class Family:
         """
         raise NotImplementedError(f"{type(self).__name__} must implement items()")
 
-    def features(
-        self, base: nn.Module, modality: Modality, output: Any, items: Sequence[VisualItem]
-    ) -> list[torch.Tensor]:
+    def features(self, base: Model, modality: Modality, output: Any, items: Sequence[VisualItem]) -> list[torch.Tensor]:
         """The encoder's output per item, [n, D] in token order.
 
         Raises:
@@ -145,7 +146,7 @@ class Family:
 
     def token_attention(
         self,
-        base: nn.Module,
+        base: Model,
         modality: Modality,
         kind: str,
         calls: Sequence[torch.Tensor],
@@ -173,7 +174,7 @@ class Family:
         queue = iter(self.pool_attention(base, modality, patches))
         return [[next(queue) for _ in item.partitions] for item in items]
 
-    def pool_attention(self, base: nn.Module, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
+    def pool_attention(self, base: Model, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
         """[P, N] scores of tower patches to [P, T] scores of tokens; models that merge patches average their scores."""
         return patches
 

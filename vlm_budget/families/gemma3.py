@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..layout import Modality, VisualItem
-from .base import Family, mean_pool, square_item
+from .base import Family, Model, mean_pool, square_item
 
 
 class Gemma3(Family):
@@ -22,12 +21,12 @@ class Gemma3(Family):
 
     models = ("Gemma3ForConditionalGeneration", "Gemma3Model")
 
-    def items(self, base: nn.Module, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
+    def items(self, base: Model, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
         """One square grid per image, of ``mm_tokens_per_image`` tokens."""
         side = math.isqrt(base.config.mm_tokens_per_image)
         return [square_item("image", side) for _ in inputs["pixel_values"]]
 
-    def pool_attention(self, base: nn.Module, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
+    def pool_attention(self, base: Model, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
         """Average over the patches that the projector averages."""
         side = math.isqrt(patches.shape[1])
         return mean_pool(patches, side, side // math.isqrt(base.config.mm_tokens_per_image))

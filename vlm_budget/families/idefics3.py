@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..layout import Modality, VisualItem
-from .base import Family, mean_pool, square_item
+from .base import Family, Model, mean_pool, square_item
 
 
 class Idefics3(Family):
@@ -23,15 +23,15 @@ class Idefics3(Family):
 
     models = ("Idefics3ForConditionalGeneration", "Idefics3Model")
 
-    def language_model(self, base: nn.Module) -> nn.Module:
+    def language_model(self, base: Model) -> nn.Module:
         """The decoder whose inputs are shortened."""
-        return base.text_model  # type: ignore[return-value]
+        return base.text_model
 
-    def vision_tower(self, base: nn.Module) -> nn.Module:
+    def vision_tower(self, base: Model) -> nn.Module:
         """The patch encoder."""
-        return base.vision_model  # type: ignore[return-value]
+        return base.vision_model
 
-    def items(self, base: nn.Module, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
+    def items(self, base: Model, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
         """One square grid per tile that is not all zero."""
         pixels = inputs["pixel_values"]
         side = pixels.shape[-1] // base.config.vision_config.patch_size // base.config.scale_factor
@@ -41,6 +41,6 @@ class Idefics3(Family):
         """How many of [prompts, tiles, C, H, W] are encoded."""
         return int((pixels != 0).flatten(2).any(2).sum())
 
-    def pool_attention(self, base: nn.Module, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
+    def pool_attention(self, base: Model, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
         """Average over the patches that the connector's ``pixel_shuffle`` stacks into one token."""
         return mean_pool(patches, math.isqrt(patches.shape[1]), base.config.scale_factor)

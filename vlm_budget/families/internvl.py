@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..layout import Modality, VisualItem
-from .base import Family, mean_pool, square_item
+from .base import Family, Model, mean_pool, square_item
 
 
 class InternVL(Family):
@@ -22,24 +22,24 @@ class InternVL(Family):
 
     models = ("InternVLForConditionalGeneration", "InternVLModel")
 
-    def vision_layers(self, base: nn.Module) -> Sequence[nn.Module]:
+    def vision_layers(self, base: Model) -> Sequence[nn.Module]:
         """The transformer layers of the vision tower."""
-        return self.vision_tower(base).encoder.layer  # type: ignore[union-attr, return-value]
+        return base.vision_tower.encoder.layer
 
-    def layer_attention(self, layer: nn.Module) -> nn.Module:
+    def layer_attention(self, layer: Model) -> nn.Module:
         """The attention module inside a vision layer."""
-        return layer.attention  # type: ignore[return-value]
+        return layer.attention
 
-    def items(self, base: nn.Module, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
+    def items(self, base: Model, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
         """One square grid per tile."""
         pixels = inputs["pixel_values"]
         patch = base.config.vision_config.patch_size[0]
         side = pixels.shape[-1] // patch // self._factor(base)
         return [square_item("image", side) for _ in pixels]
 
-    def pool_attention(self, base: nn.Module, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
+    def pool_attention(self, base: Model, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
         """Average over the patches that ``pixel_shuffle`` stacks into one token."""
         return mean_pool(patches, math.isqrt(patches.shape[1]), self._factor(base))
 
-    def _factor(self, base: nn.Module) -> int:
+    def _factor(self, base: Model) -> int:
         return round(1 / base.config.downsample_ratio)

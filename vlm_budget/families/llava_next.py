@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..layout import Modality, VisualItem
 from .anyres import anyres_item, crop_grid
-from .base import Family
+from .base import Family, Model
 
 
 class LlavaNext(Family):
@@ -18,7 +17,7 @@ class LlavaNext(Family):
 
     models = ("LlavaNextForConditionalGeneration", "LlavaNextModel")
 
-    def items(self, base: nn.Module, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
+    def items(self, base: Model, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
         """Thumbnail tokens, then the mosaic row by row, crops interleaved as in the unpruned model."""
         config = base.config
         pixels = config.vision_config.image_size

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..layout import Modality, Partition, VisualItem
-from .base import grid_item
+from .base import Model, grid_item
 from .llava_next import LlavaNext
 
 
@@ -20,7 +20,7 @@ class LlavaNextVideo(LlavaNext):
     models = ("LlavaNextVideoForConditionalGeneration", "LlavaNextVideoModel")
     encoders: ClassVar[Mapping[Modality, str]] = {"image": "get_image_features", "video": "get_video_features"}
 
-    def items(self, base: nn.Module, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
+    def items(self, base: Model, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
         """Images as in LLaVA-NeXT; a video is its frames' grids one after the other."""
         if modality == "image":
             return super().items(base, modality, inputs)
@@ -30,7 +30,7 @@ class LlavaNextVideo(LlavaNext):
         frames = [Partition("frame", side, side, time=time) for time in range(pixels.shape[1])]
         return [grid_item("video", frames) for _ in pixels]
 
-    def pool_attention(self, base: nn.Module, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
+    def pool_attention(self, base: Model, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
         """Average over the patches that the resampler pools; images are not pooled."""
         if modality == "image":
             return patches

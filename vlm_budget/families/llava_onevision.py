@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from ..layout import Modality, Partition, VisualItem
 from .anyres import anyres_item, crop_grid
-from .base import Family, flatten_features, grid_item
+from .base import Family, Model, flatten_features, grid_item
 
 
 class LlavaOnevision(Family):
@@ -24,7 +23,7 @@ class LlavaOnevision(Family):
     models = ("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel")
     encoders: ClassVar[Mapping[Modality, str]] = {"image": "get_image_features", "video": "get_video_features"}
 
-    def items(self, base: nn.Module, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
+    def items(self, base: Model, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
         """Images like LLaVA-NeXT's; a video is its frames' grids and one newline."""
         if modality == "video":
             # Up to 4.x the parameter is called pixel_values.
@@ -37,7 +36,7 @@ class LlavaOnevision(Family):
         aspect = inputs.get("vision_aspect_ratio") or base.config.vision_aspect_ratio
         return [self._image(base, size, cut, aspect) for size, cut in zip(sizes, alone, strict=True)]
 
-    def _image(self, base: nn.Module, size: torch.Tensor, cut: bool, aspect: str) -> VisualItem:
+    def _image(self, base: Model, size: torch.Tensor, cut: bool, aspect: str) -> VisualItem:
         pixels = base.config.vision_config.image_size
 
         def pack(parts: list[torch.Tensor], newline: torch.Tensor) -> torch.Tensor:
@@ -47,7 +46,7 @@ class LlavaOnevision(Family):
         grid = crop_grid(size, base.config.image_grid_pinpoints, pixels) if cut else None
         return anyres_item(size.tolist(), grid, self._side(base), pixels, pack)
 
-    def _video(self, base: nn.Module, frames: int) -> VisualItem:
+    def _video(self, base: Model, frames: int) -> VisualItem:
         side = math.ceil(self._side(base) / 2)
         grids = grid_item("video", [Partition("frame", side, side, time=time) for time in range(frames)])
         # The newline closes one line that all the frames stand in.
@@ -55,12 +54,10 @@ class LlavaOnevision(Family):
         partition, patch = torch.cat([grids.partition, newline]), torch.cat([grids.patch, newline])
         return VisualItem("video", grids.partitions, partition, patch, torch.zeros_like(patch))
 
-    def _side(self, base: nn.Module) -> int:
+    def _side(self, base: Model) -> int:
         return base.config.vision_config.image_size // base.config.vision_config.patch_size
 
-    def features(
-        self, base: nn.Module, modality: Modality, output: Any, items: Sequence[VisualItem]
-    ) -> list[torch.Tensor]:
+    def features(self, base: Model, modality: Modality, output: Any, items: Sequence[VisualItem]) -> list[torch.Tensor]:
         """The encoder's output per item; up to 4.x the model adds a video's newline later, so it is added here."""
         packed = getattr(output, "pooler_output", output)
         rows = flatten_features(packed)
@@ -69,6 +66,6 @@ class LlavaOnevision(Family):
             packed = [torch.cat([part, newline]) for part in rows.split([item.size - 1 for item in items])]
         return super().features(base, modality, packed, items)
 
-    def pool_attention(self, base: nn.Module, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
+    def pool_attention(self, base: Model, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
         """Frames' scores go through the model's own bilinear pooling; images are not pooled."""
         return patches if modality == "image" else base.apply_pooling(patches[..., None])[..., 0]

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from ..layout import Modality, VisualItem
-from .base import Family, square_item
+from .base import Family, Model, square_item
 
 
 class PaliGemma(Family):
@@ -16,7 +14,7 @@ class PaliGemma(Family):
 
     models = ("PaliGemmaForConditionalGeneration", "PaliGemmaModel")
 
-    def items(self, base: nn.Module, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
+    def items(self, base: Model, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
         """One square grid per image."""
         vision = base.config.vision_config
         return [square_item("image", vision.image_size // vision.patch_size) for _ in inputs["pixel_values"]]

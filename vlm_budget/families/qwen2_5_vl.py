@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..layout import VisualItem
+from .base import Model
 from .qwen2_vl import Qwen2VL
 
 
@@ -25,7 +25,7 @@ class Qwen25VL(Qwen2VL):
         """0-based index of the last layer in which all patches of an image see each other."""
         return max(config.vision_config.fullatt_block_indexes)
 
-    def tower_order(self, base: nn.Module, items: Sequence[VisualItem]) -> torch.Tensor:
+    def tower_order(self, base: Model, items: Sequence[VisualItem]) -> torch.Tensor:
         """Window by window, row by row within a window; a frame after the other."""
         vision = base.config.vision_config
         side = vision.window_size // vision.spatial_merge_size // vision.patch_size

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..errors import LayoutError
-from ..layout import Modality, Partition, VisualItem
-from .base import Family, grid_item
+from ..layout import Modality, Partition, PartitionKind, VisualItem
+from .base import Family, Model, grid_item
 
 
 class Qwen2VL(Family):
@@ -24,23 +24,23 @@ class Qwen2VL(Family):
     encoders: ClassVar[Mapping[Modality, str]] = {"image": "get_image_features", "video": "get_video_features"}
     mrope = True
 
-    def vision_tower(self, base: nn.Module) -> nn.Module:
+    def vision_tower(self, base: Model) -> nn.Module:
         """The patch encoder."""
-        return base.visual  # type: ignore[return-value]
+        return base.visual
 
-    def vision_layers(self, base: nn.Module) -> Sequence[nn.Module]:
+    def vision_layers(self, base: Model) -> Sequence[nn.Module]:
         """The transformer layers of the vision tower."""
-        return base.visual.blocks  # type: ignore[union-attr, return-value]
+        return base.visual.blocks
 
-    def layer_attention(self, layer: nn.Module) -> nn.Module:
+    def layer_attention(self, layer: Model) -> nn.Module:
         """The attention module inside a vision layer."""
-        return layer.attn  # type: ignore[return-value]
+        return layer.attn
 
-    def items(self, base: nn.Module, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
+    def items(self, base: Model, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
         """One grid per image, one per temporal patch of a video."""
         vision = base.config.vision_config
         merge, merged_frames = vision.spatial_merge_size, vision.temporal_patch_size
-        kind = "image" if modality == "image" else "frame"
+        kind: PartitionKind = "image" if modality == "image" else "frame"
 
         def item(frames: int, height: int, width: int) -> VisualItem:
             grid = (height // merge, width // merge)
@@ -50,7 +50,7 @@ class Qwen2VL(Family):
 
     def token_attention(
         self,
-        base: nn.Module,
+        base: Model,
         modality: Modality,
         kind: str,
         calls: Sequence[torch.Tensor],
@@ -75,6 +75,6 @@ class Qwen2VL(Family):
         queue = iter(tokens.split(sizes))
         return [[next(queue) for _ in item.partitions] for item in items]
 
-    def tower_order(self, base: nn.Module, items: Sequence[VisualItem]) -> torch.Tensor | None:
+    def tower_order(self, base: Model, items: Sequence[VisualItem]) -> torch.Tensor | None:
         """[N] int64, for each token in the tower's order its place among the tokens; None when they are the same."""
         return None

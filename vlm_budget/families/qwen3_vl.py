@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..layout import Modality, VisualItem
+from .base import Model
 from .qwen2_vl import Qwen2VL
 
 
@@ -17,9 +17,7 @@ class Qwen3VL(Qwen2VL):
 
     models = ("Qwen3VLForConditionalGeneration", "Qwen3VLModel")
 
-    def features(
-        self, base: nn.Module, modality: Modality, output: Any, items: Sequence[VisualItem]
-    ) -> list[torch.Tensor]:
+    def features(self, base: Model, modality: Modality, output: Any, items: Sequence[VisualItem]) -> list[torch.Tensor]:
         """The merged features per item, without the deepstack ones."""
         # Up to 4.x the encoder returns the pair (features, deepstack features).
         packed = output.pooler_output if hasattr(output, "pooler_output") else output[0]

@@ -1,9 +1,14 @@
 import itertools
+import json
 from pathlib import Path
 
+import pytest
 import torch
 
+from vlm_budget.eval import nano
+from vlm_budget.eval.nano.card import render
 from vlm_budget.eval.nano.modeling import NanoConfig
+from vlm_budget.eval.nano.publish import publish
 from vlm_budget.eval.nano.stages import StageConfig
 from vlm_budget.eval.nano.train import Preset, Run
 
@@ -48,3 +53,22 @@ def test_the_language_stages_leave_the_vision_tower_alone(tmp_path: Path) -> Non
         pass
     after = run.model.model.vision_tower.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_publish_ships_the_better_seed_and_records_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [tmp_path / "run0", tmp_path / "run1"]
+    for seed, run in enumerate(runs):
+        assert list(Run(TINY, seed, run).losses())
+    monkeypatch.setattr(nano, "_WEIGHTS", tmp_path / "weights")
+    publish(runs, tmp_path / "results.json", "cpu", images=8)
+    record = json.loads((tmp_path / "results.json").read_text())
+    total = [
+        sum(record["checkpoints"][name]["seeds"][seed]["validation"]["all"]["accuracy"] for name in nano.names())
+        for seed in ("0", "1")
+    ]
+    for name in nano.names():
+        shipped = record["checkpoints"][name]["shipped_seed"]
+        assert total[shipped] == max(total)
+        weights = tmp_path / "weights" / name / "model.safetensors"
+        assert weights.read_bytes() == (runs[shipped] / name / "model.safetensors").read_bytes()
+        assert (weights.parent / "README.md").read_text() == render(name, record)

@@ -12,6 +12,8 @@ Paired differences are taken per question against the mean of the random draws, 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -199,6 +201,21 @@ def measure(model: LlavaNextForConditionalGeneration, samples: Sequence[Sample],
     }
 
 
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a checkpoint's weights."""
+    return hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+
+
+def measured_before(out: Path, images: int) -> dict[str, dict[str, Any]]:
+    """Checkpoints that an earlier run of the same test recorded, by the fingerprint of their weights."""
+    if not out.exists():
+        return {}
+    data = json.loads(out.read_text(encoding="utf-8"))
+    if (data["test_seed"], data["images"]) != (TEST_SEED, images):
+        return {}
+    return {row["weights"]: row for row in data["checkpoints"]}
+
+
 def main() -> None:
     """Command line."""
     from transformers import LlavaNextForConditionalGeneration
@@ -207,28 +224,33 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/nano_accuracy.json"))
     parser.add_argument("--images", type=int, default=500, help="pages of six questions each")
     parser.add_argument("--weights", nargs="*", default=[], metavar="LABEL=DIR", help="further trainings")
+    parser.add_argument("--resume", action="store_true", help="keep what the file holds of the same weights and pages")
     arguments = parser.parse_args()
-    folders = {name: folder(name) for name in names()} | dict(pair.split("=", 1) for pair in arguments.weights)
+    folders = {name: folder(name) for name in names()}
+    folders |= {label: Path(path) for label, path in (pair.split("=", 1) for pair in arguments.weights)}
     samples = test_set(arguments.images)
-    measured = []
-    for label, path in folders.items():
-        model = LlavaNextForConditionalGeneration.from_pretrained(path).eval()
-        measured.append(measure(model, samples, label))
     masks = groups(samples)
     chosen = {name: [samples[i].questions[j] for i, j in np.argwhere(mask)] for name, mask in masks.items()}
-    write_json(
-        arguments.out,
-        {
-            "environment": environment(),
-            "test_seed": TEST_SEED,
-            "images": len(samples),
-            "questions": int(masks["all"].sum()),
-            "random_draws": RANDOM_DRAWS,
-            "prior": {name: round(priors(questions)["all"], 4) for name, questions in chosen.items() if questions},
-            "checkpoints": measured,
-        },
-    )
-    print(f"wrote {arguments.out}", file=sys.stderr)
+    known = measured_before(arguments.out, arguments.images) if arguments.resume else {}
+    measured: list[dict[str, Any]] = []
+    for label, path in folders.items():
+        weights = fingerprint(path)
+        if weights not in known:
+            model = LlavaNextForConditionalGeneration.from_pretrained(path).eval()
+            known[weights] = measure(model, samples, label) | {"weights": weights, "environment": environment()}
+        measured.append(known[weights] | {"checkpoint": label})
+        write_json(
+            arguments.out,
+            {
+                "test_seed": TEST_SEED,
+                "images": len(samples),
+                "questions": int(masks["all"].sum()),
+                "random_draws": RANDOM_DRAWS,
+                "prior": {name: round(priors(questions)["all"], 4) for name, questions in chosen.items() if questions},
+                "checkpoints": measured,
+            },
+        )
+        print(f"{label}: in {arguments.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

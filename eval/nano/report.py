@@ -128,7 +128,7 @@ def main() -> None:
     intro = (
         f"{data['questions']} questions on {data['images']} pages (seed {data['test_seed']}); mean ± standard error "
         f"clustered by page; random is the mean of {data['random_draws']} draws. Measured at commit "
-        f"`{(data['environment']['git'] or 'unknown')[:12]}`.\n"
+        f"`{(data['checkpoints'][0]['environment']['git'] or 'unknown')[:12]}`.\n"
     )
     shown = [m for m in data["checkpoints"] if m["checkpoint"] in ("nano", "nano-robust")]
     seeds = "### HiRED minus random at 20 %, every training\n\n" + seeds_table(data)

@@ -106,7 +106,7 @@ class Budget:
             raise BudgetError(f"cannot read a budget from {value!r} ({type(value).__name__}). Try one of {_EXAMPLES}.")
         if isinstance(value, str):
             return cls._parse_text(value)
-        return cls(value, "tokens", relative=False) if isinstance(value, Integral) else cls(value)  # type: ignore[arg-type]
+        return cls(value, "tokens", relative=False) if isinstance(value, Integral) else cls(value)
 
     @classmethod
     def _parse_text(cls, text: str) -> Budget:

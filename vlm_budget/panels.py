@@ -139,7 +139,28 @@ def _cells(item: VisualItem, positions: Sequence[int]) -> Iterator[tuple[bytes, 
     for index, grid in enumerate(item.partitions):
         number = numbers[grid.kind] = numbers.get(grid.kind, 0) + 1
         name = f"{grid.kind} {number}" if grid.kind in ("crop", "frame") else grid.kind
-        yield bytes(states[index]), name, f"{kept[index]}/{totals[index]}"
+        yield _without_holes(grid, bytes(states[index])), name, f"{kept[index]}/{totals[index]}"
+
+
+def _without_holes(grid: Partition, cells: bytes) -> bytes:
+    """Cells of a shrunk mosaic, where a token stands for more than one cell, filled from the nearest token.
+
+    Grids without a gap between their tokens come back as they are: what is empty there is padding.
+    """
+    rows = sorted({index // grid.cols for index, cell in enumerate(cells) if cell})
+    cols = sorted({index % grid.cols for index, cell in enumerate(cells) if cell})
+    if not rows or len(rows) == rows[-1] - rows[0] + 1 and len(cols) == cols[-1] - cols[0] + 1:
+        return cells
+    left, top, right, bottom = grid.box
+    filled = bytearray(cells)
+    for index in range(len(cells)):
+        row, col = divmod(index, grid.cols)
+        x, y = left + (col + 0.5) / grid.cols * (right - left), top + (row + 0.5) / grid.rows * (bottom - top)
+        if 0 <= x <= 1 and 0 <= y <= 1:
+            near_row = min(rows, key=lambda other: abs(other - row))
+            near_col = min(cols, key=lambda other: abs(other - col))
+            filled[index] = cells[near_row * grid.cols + near_col]
+    return bytes(filled)
 
 
 def _cell_size(grid: Partition, size: tuple[int, int], target: float) -> tuple[int, int]:

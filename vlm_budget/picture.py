@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _PAGE, _BLANK, _RAIL = (16, 18, 24), (44, 48, 58), (36, 40, 50)
 _TEXT, _MUTED, _ACCENT = (234, 237, 243), (139, 147, 163), (255, 190, 60)
-_DIM = 0.4  # what is left of a dropped cell's brightness
+_DIM = 0.5  # what is left of a dropped cell's brightness
 _MARGIN, _TITLE, _HEADING, _LEGEND = 32, 46, 44, 46
 _SMOOTH = Image.Resampling.BICUBIC
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,19 @@ def generate(model: Any, inputs: dict[str, Any], **options: Any) -> list[list[in
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
     return sequences[:, start:].tolist()
+
+
+def encode(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Encoder outputs by modality, from the model's public methods."""
+    encoded = {}
+    for modality, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if pixels in inputs:
+            method = getattr(model.model, f"get_{modality}_features")
+            names = inspect.signature(method).parameters
+            given = {name: value.clone() for name, value in inputs.items() if name in names}
+            with torch.no_grad():
+                encoded[modality] = method(**given, return_dict=True)
+    return encoded
 
 
 def unpatched_or_skip(run: Callable[[], Any], expected: Any, what: str) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 import pytest
 import torch
 from tiny_parts import IMAGE, TEXT_INPUTS, Tiny, row_inputs
@@ -13,7 +10,7 @@ import vlm_budget
 from vlm_budget import LayoutError
 
 from .conftest import BUDGET, METHOD, TOKENS, Case
-from .patched import DECODED, SAMPLE, TOLERANCE, compacted, forward, generate, unpatched_or_skip
+from .patched import DECODED, SAMPLE, TOLERANCE, compacted, encode, forward, generate, unpatched_or_skip
 from .reference import greedy, language_model, recorded, rows
 
 
@@ -98,20 +95,6 @@ def test_text_only_rows_in_a_batch(generating_case: Case, place: int) -> None:
     assert tokens == [greedy(row, TOKENS) for row in compacted(found, packed)]
 
 
-def encode(model: Any, tiny: Tiny) -> dict[str, Any]:
-    """Encoder outputs by modality, from the model's public methods."""
-    encoded = {}
-    for modality, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        if pixels not in tiny.inputs:
-            continue
-        method = getattr(model.model, f"get_{modality}_features")
-        names = inspect.signature(method).parameters
-        given = {name: value.clone() for name, value in tiny.inputs.items() if name in names}
-        with torch.no_grad():
-            encoded[modality] = method(**given, return_dict=True)
-    return encoded
-
-
 def without_pixels(tiny: Tiny) -> dict[str, torch.Tensor]:
     """Text inputs, and the grids that positions are computed from."""
     kept = (*TEXT_INPUTS, "image_grid_thw", "video_grid_thw")
@@ -125,10 +108,9 @@ def test_features_encoded_before_the_call_keep_their_scores(generating_case: Cas
     options = {"num_beams": beams} | ({} if chunk is None else {"prefill_chunk_size": chunk})
 
     def run() -> list[list[int]]:
-        features = encode(tiny.model, tiny)
+        features = encode(tiny.model, tiny.inputs)
         # Encoded later, so that the last features seen are other ones.
-        negative = Tiny(tiny.model, {n: -v if v.is_floating_point() else v for n, v in tiny.inputs.items()}, "", {})
-        encode(tiny.model, negative)
+        encode(tiny.model, {name: -v if v.is_floating_point() else v for name, v in tiny.inputs.items()})
         return generate(tiny.model, without_pixels(tiny), mm_encoder_outputs=features, **options)
 
     unpatched_or_skip(run, None, "features encoded before the call")
@@ -139,14 +121,14 @@ def test_features_encoded_before_the_call_keep_their_scores(generating_case: Cas
 
 def test_features_of_another_model_are_refused(generating_case: Case) -> None:
     tiny = generating_case.tiny
-    unpatched_or_skip(lambda: encode(tiny.model, tiny), None, "features encoded before the call")
-    features = encode(tiny.model, tiny)
+    unpatched_or_skip(lambda: encode(tiny.model, tiny.inputs), None, "features encoded before the call")
+    features = encode(tiny.model, tiny.inputs)
     unpatched_or_skip(
         lambda: generate(tiny.model, without_pixels(tiny), mm_encoder_outputs=features),
         generating_case.unpruned,
         "features encoded before the call",
     )
-    features = encode(tiny.model, tiny)
+    features = encode(tiny.model, tiny.inputs)
     with generating_case.patch(), pytest.raises(LayoutError, match="not encoded by this patched model"):
         generate(tiny.model, without_pixels(tiny), mm_encoder_outputs=features)
 

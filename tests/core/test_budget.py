@@ -249,9 +249,11 @@ def test_more_ratio_is_never_fewer_tokens(total: int, one: float, other: float) 
     assert 0 <= tokens(low) <= tokens(high) <= total
 
 
-def test_more_tokens_than_the_prompt_has_are_refused_with_the_most_there_is() -> None:
-    with pytest.raises(BudgetError, match="'600 tokens' asks for 600 .* only 576.*nearest feasible budget is 576"):
-        Budget.parse(600).tokens(576)
+@pytest.mark.parametrize("wanted", [577, 600])
+def test_more_tokens_than_the_prompt_has_are_refused_with_the_most_there_is(wanted: int) -> None:
+    message = f"'{wanted} tokens' asks for {wanted} .* only 576.*nearest feasible budget is 576 tokens"
+    with pytest.raises(BudgetError, match=message):
+        Budget.parse(wanted).tokens(576)
 
 
 @pytest.mark.parametrize(("budget", "total", "items"), [("0.1%", 63, 1), (2, 577, 3), (1, 577, 2), ("1%", 111, 2)])

@@ -19,6 +19,7 @@ from vlm_budget.engine.cache import CacheState, VirtualLength, cache_state, set_
 
 ROWS, LAYERS, PHYSICAL, DROPPED, TAIL = 3, 2, 7, 4, 2
 VIRTUAL = PHYSICAL + DROPPED
+COLUMNS = torch.arange(PHYSICAL).repeat(ROWS, 1) + DROPPED
 ZERO_IS_A_LENGTH = "max_length" in signature(DynamicCache.crop).parameters  # transformers 4.x
 
 
@@ -33,7 +34,7 @@ def cache() -> Any:
     grow(cache, PHYSICAL)
     valid = torch.ones(ROWS, PHYSICAL, dtype=torch.bool)
     valid[1, :1] = valid[2, :3] = False
-    set_cache_state(cache, CacheState(DROPPED, valid, torch.tensor([4, 3, 1]), torch.tensor(TAIL)))
+    set_cache_state(cache, CacheState(DROPPED, valid, COLUMNS, torch.tensor([4, 3, 1]), torch.tensor(TAIL)))
     return cache
 
 
@@ -79,7 +80,7 @@ def test_the_cache_stays_of_its_class_and_the_class_stays_as_it_is(cache: Any) -
 
 def test_a_second_compaction_keeps_the_class(cache: Any) -> None:
     first = type(cache)
-    set_cache_state(cache, CacheState(9, torch.ones(ROWS, 3, dtype=torch.bool), torch.zeros(ROWS), torch.tensor(0)))
+    set_cache_state(cache, CacheState(9, torch.ones(ROWS, 3, dtype=torch.bool), COLUMNS[:, :3], torch.zeros(ROWS), torch.tensor(0)))
     assert type(cache) is first and cache.get_seq_length() == PHYSICAL + 9
 
 

@@ -131,7 +131,7 @@ def test_a_column_takes_keys_and_values_of_all_layers_rows_and_heads(dtype: torc
 
 def test_an_account_tells_what_the_prompt_holds_and_would_hold() -> None:
     cache = filled_cache()
-    set_cache_state(cache, CacheState(4, torch.ones(3, 7, dtype=torch.bool), torch.zeros(3), torch.tensor(2)))
+    set_cache_state(cache, CacheState(4, torch.ones(3, 7, dtype=torch.bool), torch.zeros(3, 7), torch.zeros(3), torch.tensor(2)))
     account = Account()
     account.note_cache(cache, virtual=11)
     report = account.report("m", "20%", "packed")

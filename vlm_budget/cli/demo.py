@@ -78,7 +78,7 @@ def demo(
     budget: BudgetOption = "20%",
     option: FieldOption = None,
     positions: PositionsOption = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=999, help="Which of the held-out posters.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=999, help="Which of the held-out posters.")] = 22,
     pages: Annotated[
         int, typer.Option("--pages", min=0, max=600, help="Posters for the accuracy line; 0 leaves it out.")
     ] = 20,
@@ -115,7 +115,7 @@ def demo(
     from .options import build_pruner
     from .progress import runs, steps
     from .prompt import build_inputs
-    from .show import save_kept
+    from .show import save_kept, short
 
     stderr = err_console()
     with steps(stderr, 6) as step:
@@ -135,7 +135,7 @@ def demo(
             asked.append(Asked(question.prompt, question.answer, comparison, loaded.shipped))
         accuracy = held_out(loaded, samples[:pages], setting, bar) if pages else None
     kept = asked[0].comparison.kept
-    save_kept(out, [sample.image], kept, f"{pruner} at {spend}", [f"poster {seed}"])
+    save_kept(out, [sample.image], kept, f"{short(pruner)} at {spend}", [f"poster {seed}"])
     if as_json:
         print_json(_facts(loaded, setting, seed, asked, accuracy, out))
     else:
@@ -232,14 +232,14 @@ def _show(
     accuracy: dict[str, Any] | None,
     out: Path,
 ) -> None:
-    from .show import times_table
+    from .show import short, times_table
 
     budget = str(setting.budget)
     full, pruned = mean_sides(asked)
     size = sum(parameter.numel() for parameter in loaded.model.parameters()) / 1e6
     console.print(
         f"[bold]{loaded.name}[/bold]: {type(loaded.model).__name__}, {size:.3g} M parameters, {loaded.device}, "
-        f"{loaded.dtype}. [bold]{setting.pruner}[/bold] at {budget}, {asked[0].comparison.positions} positions.\n"
+        f"{loaded.dtype}. [bold]{short(setting.pruner)}[/bold] at {budget}, {asked[0].comparison.positions} positions.\n"
     )
     table = Table(title=f"Poster {seed}, unseen in training", title_justify="left", header_style="bold")
     tokens = [f"{name}: {side.visual_tokens:.0f} tokens" for name, side in (("100%", full), (budget, pruned))]

@@ -133,6 +133,7 @@ def load(name: str, device: str, dtype: str, step: Callable[[str], None], debug:
     if not debug:
         transformers.logging.set_verbosity(logging.CRITICAL)
         transformers.logging.disable_progress_bar()
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries are not news
     where = pick_device(device)
     form = getattr(torch, dtype) if dtype != "auto" else (torch.float32 if where == "cpu" else "auto")
     try:

@@ -79,7 +79,7 @@ def run(
     from .options import build_pruner
     from .progress import runs, steps
     from .prompt import build_inputs
-    from .show import print_comparison, save_kept
+    from .show import print_comparison, save_kept, short
 
     stderr = err_console()
     with steps(stderr, 5) as step:
@@ -97,7 +97,7 @@ def run(
     drawn = not comparison.text_only
     if drawn:
         names = [Path(file).name for file in files]
-        save_kept(out, pictures, comparison.kept, f"{pruner} at {spend}", names)
+        save_kept(out, pictures, comparison.kept, f"{short(pruner)} at {spend}", names)
     if as_json:
         print_json(
             {
@@ -118,7 +118,7 @@ def run(
         )
         return
     console = out_console()
-    print_comparison(console, comparison, str(pruner), str(spend))
+    print_comparison(console, comparison, short(pruner), str(spend))
     console.print(f"{model} on {loaded.device}, {loaded.dtype}; {comparison.positions} positions", style="dim")
     if drawn:
         console.print(f"What was kept: [bold]{out}[/bold]")

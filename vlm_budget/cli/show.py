@@ -16,9 +16,15 @@ from .errors import OptionError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..pruner import Pruner
     from ..report import KeptItem
 
 _LONG = 48  # an answer above this length gets lines of its own
+
+
+def short(pruner: Pruner) -> str:
+    """A method for a title: without the brackets of an empty configuration."""
+    return str(pruner).removesuffix("()")
 
 
 def comparison_table(comparison: Comparison, method: str, budget: str) -> Table:

@@ -17,23 +17,20 @@ def full_positions(given: Any, past: int, batch: int, length: int, device: torch
     return given.expand(*given.shape[:-2], batch, length)
 
 
-def past_columns_valid(
+def past_columns(
     earlier: CacheState | None, flat: torch.Tensor | None, past: int, length: int, batch: int, device: torch.device
-) -> torch.Tensor:
-    """[B, P] bool over the cache's physical columns."""
-    covers = flat is not None and flat.shape[1] >= past + length
-    flags = flat.bool().to(device).expand(batch, -1) if covers and flat is not None else None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cache's physical columns: [B, P] bool, which hold a token, and [B, P] int64, the caller's column of each."""
+    known = earlier.virtual_length if earlier is not None else 0
+    columns = torch.arange(known, past, device=device).expand(batch, -1)
+    if flat is not None and flat.shape[1] >= past + length:
+        valid = flat[:, known:past].bool().to(device).expand(batch, -1)
+    else:
+        valid = torch.ones_like(columns, dtype=torch.bool)
     if earlier is None:
-        return flags[:, :past] if flags is not None else torch.ones(batch, past, dtype=torch.bool, device=device)
-    since = past - earlier.virtual_length  # tokens appended since the last compaction
-    if since <= 0:
-        return earlier.valid.to(device)
-    added = (
-        flags[:, earlier.virtual_length : past]
-        if flags is not None
-        else torch.ones(batch, since, dtype=torch.bool, device=device)
-    )
-    return torch.cat([earlier.valid.to(device), added], 1)
+        return valid, columns
+    # What was appended since the last compaction stands behind what that left.
+    return torch.cat([earlier.valid.to(device), valid], 1), torch.cat([earlier.columns.to(device), columns], 1)
 
 
 def renumber_cache_position(kwargs: dict[str, Any], start: int, count: int, device: torch.device) -> None:

@@ -24,7 +24,7 @@ from .account import Account
 from .arguments import (
     full_positions,
     grow_output,
-    past_columns_valid,
+    past_columns,
     renumber_cache_position,
     shorten_deepstack,
 )
@@ -310,11 +310,11 @@ class Boundary:
             if past == 0
             else new_columns_valid(padding_mask(mask, outer), None, batch, length, device)
         )
-        past_valid = past_columns_valid(earlier, padding_mask(mask, outer), past, length, batch, device)
+        past_valid, columns = past_columns(earlier, padding_mask(mask, outer), past, length, batch, device)
         shift = earlier.shift.to(device) if earlier is not None else torch.zeros(batch, dtype=torch.long, device=device)
         positions = full_positions(kwargs.get("position_ids"), past, batch, length, device)
 
-        if selection is None or selection.keeps_all:
+        if selection is None:
             lowered = positions - shift[:, None] if self.positions == "packed" else positions
             new["position_ids"] = lowered
             new["attention_mask"] = torch.cat([past_valid, valid], 1).long()
@@ -329,11 +329,14 @@ class Boundary:
         shorten_deepstack(new, compaction)
         whole = torch.cat([past_valid, compaction.valid], 1)
         # Never None: without a mask transformers reads gaps in position ids as packed sequences, and blocks attention.
-        ready_made = is_square(mask) and not past
         static = bool(getattr(cache, "is_compileable", False))
-        new["attention_mask"] = compact_square(mask, compaction, static) if ready_made else whole.long()
+        before = (past_valid, columns, past) if past else None
+        new["attention_mask"] = (
+            compact_square(mask, compaction, static, before) if is_square(mask) else whole.long()
+        )
         renumber_cache_position(new, past_valid.shape[1], compaction.slots, device)
-        return new, CacheState(past + length - whole.shape[1], whole, shift, tail), compaction
+        columns = torch.cat([columns, past + compaction.index], 1)
+        return new, CacheState(past + length - whole.shape[1], whole, columns, shift, tail), compaction
 
     def _kept_columns(
         self, selection: PromptSelection, visual: dict[Modality, torch.Tensor], embeds: torch.Tensor

@@ -27,6 +27,7 @@ class CacheState:
     Attributes:
         delta: Virtual minus physical length, the same for all rows.
         valid: [B, P] bool, physical columns (as of the last compaction) that hold a token.
+        columns: [B, P] int64, the caller's column of every physical one.
         shift: [B] int64, how much the caller's position ids are lowered ("packed" positions), else 0.
         tail: [] int64, columns since the last dropped one: how far the cache can be cropped into ``valid``.
         physical: The language model is running.
@@ -34,6 +35,7 @@ class CacheState:
 
     delta: int
     valid: torch.Tensor
+    columns: torch.Tensor
     shift: torch.Tensor
     tail: torch.Tensor
     physical: bool = False
@@ -50,7 +52,7 @@ class CacheState:
 
     def map_rows(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> CacheState:
         """The state after the batch was re-ordered, repeated or selected."""
-        return replace(self, valid=rows(self.valid), shift=rows(self.shift))
+        return replace(self, valid=rows(self.valid), columns=rows(self.columns), shift=rows(self.shift))
 
 
 class VirtualLength:
@@ -63,6 +65,15 @@ class VirtualLength:
         length = super().get_seq_length(layer_idx)  # type: ignore[misc]
         state = cache_state(self)
         return length if state is None or state.physical else length + state.delta
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Columns and offset of the mask a layer wants; masks made outside the language model are the caller's."""
+        columns, offset = super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
+        state = cache_state(self)
+        # A static cache has its full size already; so has a sliding window that is full.
+        if state is None or state.physical or offset or getattr(self, "is_compileable", False):
+            return columns, offset
+        return columns + state.delta, offset
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse to grow behind the patch's back."""
@@ -111,7 +122,7 @@ class VirtualLength:
                     f"cannot crop the last {drop} tokens of a pruned cache: dropped visual tokens lie among them. "
                     "Start from a new cache."
                 )
-            state = replace(state, valid=state.valid[:, :-into], tail=state.tail - into)
+            state = replace(state, valid=state.valid[:, :-into], columns=state.columns[:, :-into], tail=state.tail - into)
             setattr(self, _STATE, state)
         return super().crop(-drop) if drop or not to_length else None  # type: ignore[misc]
 
@@ -140,7 +151,7 @@ def set_cache_state(cache: Any, state: CacheState) -> None:
     setattr(cache, _STATE, state)
 
 
-def _zero_is_a_length(cache: type) -> bool:
+def _zero_is_a_length(cache: Any) -> bool:
     # Since transformers 5 ``crop(0)`` drops nothing, and assisted decoding says so whenever every draft was accepted.
     return "max_length" in signature(cache.crop).parameters
 
@@ -158,7 +169,7 @@ def _virtualise(cache: Any) -> None:
     cache.__class__ = _CLASSES[base]
 
 
-def _rebuild(base: type, attributes: dict[str, Any]) -> Any:
+def _rebuild(base: Any, attributes: dict[str, Any]) -> Any:
     cache = base.__new__(base)
     cache.__dict__.update(attributes)
     _virtualise(cache)

@@ -1,4 +1,4 @@
-"""Attention masks in every form transformers hands to a language model: none, 2-D, 4-D, or a dict of 4-D per layer type."""
+"""Attention masks in every form transformers hands to a language model: none, 2-D, 4-D, a dict of 4-D per layer type."""
 
 from __future__ import annotations
 
@@ -46,38 +46,51 @@ def first_of(mask: Any) -> Any:
     return mask
 
 
-def compact_square(mask: Any, compaction: Compaction, static: bool) -> Any:
+Past = tuple[torch.Tensor, torch.Tensor, int]
+
+
+def compact_square(mask: Any, compaction: Compaction, static: bool, past: Past | None = None) -> Any:
     """Gather rows and columns of a ready-made 4-D mask, or of each mask in a dict.
 
     A static cache has room for more columns than it holds; these stay, blocked.
 
+    Args:
+        mask: [B, 1, L, P + L] in the caller's columns.
+        compaction: Of the new columns.
+        static: The cache is static.
+        past: Of the cached columns: [B, p] which hold a token, [B, p] the caller's column of each, and P.
+
     Raises:
-        PatchError: A mask whose rows cannot be gathered: flex attention's block mask, or a static sliding window.
+        PatchError: A mask whose rows cannot be gathered: flex attention's block mask, or a full sliding window.
     """
     if isinstance(mask, dict):
-        return {kind: compact_square(each, compaction, static) for kind, each in mask.items()}
-    valid = compaction.valid
+        return {kind: compact_square(each, compaction, static, past) for kind, each in mask.items()}
+    valid, kept, start = compaction.valid, compaction.index, 0
+    if past is not None:
+        past_valid, past_columns, start = past
+        valid, kept = torch.cat([past_valid, valid], 1), torch.cat([past_columns, kept + start], 1)
     if mask is None:
-        causal = torch.ones(compaction.slots, compaction.slots, dtype=torch.bool, device=valid.device).tril()
-        return causal[None, None] & valid[:, None, None, :]
+        causal = torch.ones(compaction.slots, valid.shape[1], dtype=torch.bool, device=valid.device)
+        return causal.tril(valid.shape[1] - compaction.slots)[None, None] & valid[:, None, None, :]
     if not _is_4d(mask):
         raise PatchError(
             f"this model hands its language model a ready-made {type(mask).__name__}, which cannot be shortened. "
             "Load it with attn_implementation='sdpa' or 'eager'."
         )
-    if mask.shape[3] < compaction.length:
+    if mask.shape[3] < start + compaction.length:
+        way_out = "Use the default dynamic cache." if static else "Start from a new cache."
         raise PatchError(
-            f"a static sliding-window cache of {mask.shape[3]} columns is shorter than the prompt of "
-            f"{compaction.length}, and cannot be pruned. Use the default dynamic cache."
+            f"a {'static ' if static else ''}sliding-window cache of {mask.shape[3]} columns is shorter than the prompt "
+            f"of {start + compaction.length}, and cannot be pruned. {way_out}"
         )
     batch, slots = compaction.index.shape
-    index = compaction.index.to(mask.device)
-    heads, columns = mask.shape[1], mask.shape[3]
+    index, kept = compaction.index.to(mask.device), kept.to(mask.device)
+    heads, columns, width = mask.shape[1], mask.shape[3], kept.shape[1]
     rows = mask.expand(batch, -1, -1, -1).gather(2, index[:, None, :, None].expand(batch, heads, slots, columns))
-    square = rows.gather(3, index[:, None, None, :].expand(batch, heads, slots, slots))
+    square = rows.gather(3, kept[:, None, None, :].expand(batch, heads, slots, width))
     blocked = False if square.dtype == torch.bool else torch.finfo(square.dtype).min
     square = square.masked_fill(~valid.to(mask.device)[:, None, None, :], blocked)
-    return torch.nn.functional.pad(square, (0, columns - slots if static else 0), value=blocked)
+    return torch.nn.functional.pad(square, (0, columns - width if static else 0), value=blocked)
 
 
 def is_square(mask: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import PatchError
 from ..families.base import Family
 from ..layout import Modality
 from ..pruner import Attention
@@ -23,12 +24,20 @@ class Observer:
         base: The model that holds the vision tower.
         family: What is known about its class.
         needs: Attention scores to collect.
+
+    Raises:
+        PatchError: CLS attention is needed and the tower has no class token.
     """
 
     def __init__(self, base: nn.Module, family: Family, needs: tuple[Attention, ...]) -> None:
         self.base = base
         self.family = family
         self.needs = needs
+        if any(need.kind == "cls" for need in needs) and not family.has_cls(base):
+            raise PatchError(
+                f"{type(base).__name__}'s vision tower has no class token, so there is no CLS attention to rank by. "
+                "Ask for 'received' attention, or let vlm_budget.pruner.saliency choose."
+            )
         kinds: dict[int, set[str]] = {}
         for need in needs:
             kinds.setdefault(need.layer, set()).add(need.kind)

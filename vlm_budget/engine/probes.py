@@ -128,7 +128,7 @@ def attach(module: nn.Module, sink: AttentionSink) -> AttachedProbe:
     if isinstance(config, ProbeConfig):
         raise PatchError(f"{type(module).__name__} is probed already")
     setattr(module, _SINK, sink)
-    module.config = ProbeConfig(config)
+    module.config = ProbeConfig(config)  # type: ignore[assignment]
     return AttachedProbe(module, sink, config)
 
 

@@ -125,13 +125,13 @@ class PatchHandle:
             for tap in taps:
                 tap.attach()
                 self._undo.append(tap.detach)
-            for hook in (
-                base.register_forward_pre_hook(boundary.before_base, with_kwargs=True),
-                base.register_forward_hook(boundary.after_base, with_kwargs=True, always_call=True),
-                language_model.register_forward_pre_hook(boundary.before_language_model, with_kwargs=True),
-                language_model.register_forward_hook(boundary.after_language_model, with_kwargs=True, always_call=True),
+            for module, register, hook, options in (
+                (base, "register_forward_pre_hook", boundary.before_base, {}),
+                (base, "register_forward_hook", boundary.after_base, {"always_call": True}),
+                (language_model, "register_forward_pre_hook", boundary.before_language_model, {}),
+                (language_model, "register_forward_hook", boundary.after_language_model, {"always_call": True}),
             ):
-                self._undo.append(hook.remove)
+                self._undo.append(getattr(module, register)(hook, with_kwargs=True, **options).remove)
             base.__dict__[_HANDLE] = self
             self._undo.append(self._forget)
         except BaseException:
@@ -186,7 +186,12 @@ def patch(
     if earlier is not None:
         earlier.undo()
     handle = PatchHandle(outer, boundary)
-    handle._install()
+    try:
+        handle._install()
+    except BaseException:
+        if earlier is not None:
+            earlier._install()
+        raise
     return handle
 
 

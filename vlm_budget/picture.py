@@ -50,11 +50,8 @@ def draw_kept(
         (names[index] if names else f"{entry.item.modality} {index + 1}", _summary(entry))
         for index, entry in enumerate(kept)
     ]
-    blocks: list[Block] = []
-    top = _MARGIN + (_TITLE if title else 0)
-    for pictures, entry in zip(frames, kept, strict=True):
-        blocks.append(arrange(entry, pictures[0].size).moved(_MARGIN, top + _HEADING))
-        top = blocks[-1].end[1] + GAP
+    blocks = place([pictures[0].size for pictures in frames], kept, titled=bool(title))
+    top = blocks[-1].end[1] + GAP if blocks else _MARGIN
     texts = [_text_width(title, 24), *(_text_width(name + summary, 17) + 24 for name, summary in headings), 420]
     right = max([_MARGIN + max(texts), *(block.end[0] for block in blocks)])
     page = Image.new("RGB", (right + _MARGIN, top + _LEGEND), _PAGE)
@@ -69,6 +66,22 @@ def draw_kept(
             _draw_panel(page, panel, pictures[min(panel.partition.time, len(pictures) - 1)])
     _draw_legend(pen, _MARGIN, top + 8)
     return page
+
+
+def place(sizes: Sequence[tuple[int, int]], kept: Sequence[KeptItem], titled: bool) -> list[Block]:
+    """Where on the page :func:`draw_kept` puts every panel.
+
+    Args:
+        sizes: Width and height of each item's picture.
+        kept: The items.
+        titled: There is a title on top.
+    """
+    blocks: list[Block] = []
+    top = _MARGIN + (_TITLE if titled else 0)
+    for size, entry in zip(sizes, kept, strict=True):
+        blocks.append(arrange(entry, size).moved(_MARGIN, top + _HEADING))
+        top = blocks[-1].end[1] + GAP
+    return blocks
 
 
 def _summary(entry: KeptItem) -> str:

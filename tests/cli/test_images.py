@@ -98,7 +98,9 @@ def test_a_truncated_file(tmp_path: Path, ending: str, share: float) -> None:
         load_image(cut(save(noise, tmp_path / f"x.{ending}"), share))
 
 
-@pytest.mark.parametrize("side", [11, 40])  # above Pillow's limit, where it warns, and above twice that, where it raises
+@pytest.mark.parametrize(
+    "side", [11, 40]
+)  # above Pillow's limit, where it warns, and above twice that, where it raises
 def test_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int) -> None:
     file = save(Image.new("1", (side, 10)), tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

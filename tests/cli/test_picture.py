@@ -8,7 +8,7 @@ from PIL import Image
 
 from vlm_budget.layout import Partition, VisualItem
 from vlm_budget.panels import DROPPED, KEPT, NO_TOKEN, Panel, arrange
-from vlm_budget.picture import draw_kept
+from vlm_budget.picture import draw_kept, place
 from vlm_budget.report import KeptItem
 
 WHITE = Image.new("RGB", (90, 60), "white")
@@ -71,12 +71,12 @@ def overlap(one: Panel, other: Panel) -> bool:
 def test_every_partition_has_a_panel_of_its_own_on_the_page(name: str) -> None:
     grids, size, modality = LAYOUTS[name]
     entry = kept_item(grids, modality=modality)
-    block = arrange(entry, size)
+    (block,) = place([size], [entry], titled=True)
     assert [panel.partition for panel in block.panels] == grids
     assert not any(overlap(*pair) for pair in itertools.combinations(block.panels, 2))
     page = draw_kept([Image.new("RGB", size)], [entry], "a title", ["a name"])
-    assert all(panel.left + panel.size[0] <= page.width for panel in block.moved(32, 0).panels)
-    assert max(panel.top + panel.size[1] for panel in block.panels) < page.height
+    assert all(panel.left + panel.size[0] < page.width for panel in block.panels)
+    assert all(panel.top + panel.size[1] < page.height for panel in block.panels)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -100,12 +100,9 @@ def test_crops_stand_as_they_lie_in_the_picture() -> None:
 def test_kept_cells_are_bright_dropped_cells_dark_and_padding_grey() -> None:
     lost = frozenset((1, patch) for patch in range(4))  # the top row of the first crop
     entry = kept_item(mosaic(2, 2), lost=lost)
-    panels = arrange(entry, WHITE.size).panels
-    page = draw_kept([WHITE], [entry])
-    # Where the page put the block: the first panel that is found by its size.
-    offset = page_offset(page, panels[0])
+    page = draw_kept([WHITE], [entry], "a title")
     seen = set()
-    for panel in arrange(entry, WHITE.size).moved(*offset).panels:
+    for panel in place([WHITE.size], [entry], titled=True)[0].panels:
         for row, col in itertools.product(range(panel.partition.rows), range(panel.partition.cols)):
             state = panel.cells[row * panel.partition.cols + col]
             color = middle(page, panel, row, col)
@@ -120,25 +117,24 @@ def test_kept_cells_are_bright_dropped_cells_dark_and_padding_grey() -> None:
     assert seen == {NO_TOKEN, DROPPED, KEPT}
 
 
-def page_offset(page: Image.Image, first: Panel) -> tuple[int, int]:
-    """Where the first block begins: its first white pixel belongs to the undimmed picture in its corner."""
-    for y, x in itertools.product(range(page.height), range(page.width)):
-        if page.getpixel((x, y)) == (255, 255, 255) == page.getpixel((x + 5, y + 5)):
-            return x, y
-    raise AssertionError("no picture on the page")
-
-
 def test_a_cell_shows_its_own_part_of_the_picture() -> None:
     picture = Image.new("RGB", (80, 80), "red")
     picture.paste("blue", (40, 0, 80, 80))
     entry = kept_item(mosaic(1, 2), every=1)
     page = draw_kept([picture], [entry])
-    colors = [page.getpixel((x, page.height // 2)) for x in range(page.width)]
-    left, right = arrange(entry, picture.size).moved(32, 0).panels[1:]
-    row = next(y for y in range(page.height) if page.getpixel((left.left + 5, y)) == (255, 0, 0))
-    assert page.getpixel((left.left + left.size[0] - 5, row)) == (255, 0, 0)
-    assert page.getpixel((right.left + 5, row)) == page.getpixel((right.left + right.size[0] - 5, row)) == (0, 0, 255)
-    assert (255, 0, 0) in colors
+    thumbnail, left, right = place([picture.size], [entry], titled=False)[0].panels
+    red, blue = (255, 0, 0), (0, 0, 255)
+    assert (middle(page, thumbnail, 0, 0), middle(page, thumbnail, 3, 3)) == (red, blue)
+    assert {middle(page, left, row, col) for row in range(4) for col in range(4)} == {red}
+    assert {middle(page, right, row, col) for row in range(4) for col in range(4)} == {blue}
+
+
+def test_several_pictures_stand_below_each_other() -> None:
+    entries = [kept_item(mosaic(2, 2)), kept_item([Partition("image", 3, 3)])]
+    first, second = place([(90, 60), (30, 30)], entries, titled=False)
+    assert max(panel.top + panel.size[1] for panel in first.panels) < min(panel.top for panel in second.panels)
+    page = draw_kept([WHITE, WHITE.resize((30, 30))], entries)
+    assert second.end[1] < page.height
 
 
 def test_a_crop_beyond_the_picture_is_padded_with_grey() -> None:

@@ -340,22 +340,20 @@ def test_save_pretrained_saves_the_unpatched_model(generating_case: Case, tmp_pa
 
 
 def test_torch_save_keeps_the_patch(generating_case: Case) -> None:
-    tiny = generating_case.tiny
-    fresh = case(tiny.family) if tiny.family in ("llava", "llava_next") else generating_case
-    model = fresh.tiny.model
-    try:
-        torch.save(copy.deepcopy(model), io.BytesIO())
-    except Exception as error:
-        pytest.skip(f"transformers itself cannot be pickled: {type(error).__name__}: {error}")
-    with fresh.patch():
+    used = generating_case.tiny.model
+    # A forward of a model of transformers 5.x may leave recording hooks that cannot be pickled: take one that never ran.
+    model = type(used)(used.config).eval()
+    model.load_state_dict(used.state_dict())
+    model.generation_config = used.generation_config
+    with vlm_budget.patch(model, METHOD, BUDGET):
         buffer = io.BytesIO()
         torch.save(model, buffer)
         buffer.seek(0)
         loaded = torch.load(buffer, weights_only=False)
-    assert generate(loaded, fresh.tiny.clone()) == fresh.pruned
+    assert generate(loaded, generating_case.tiny.clone()) == generating_case.pruned
     vlm_budget.unpatch(loaded)
     assert_untouched_by_us(loaded)
-    assert generate(loaded, fresh.tiny.clone()) == fresh.unpruned
+    assert generate(loaded, generating_case.tiny.clone()) == generating_case.unpruned
 
 
 def test_the_backend_can_be_switched_while_patched(llava_case: Case) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from ..registry import FAMILIES, PRUNERS
 from .common import DebugOption, JsonOption, clean, out_console, print_json
@@ -50,7 +51,7 @@ def list_names(
     for column in rows[0]:
         table.add_column(column, overflow="fold", no_wrap=column != "summary", style="bold cyan" * (column == "name"))
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(Text, row.values()))
     out_console().print(table)
 
 

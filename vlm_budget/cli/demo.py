@@ -47,7 +47,8 @@ _HONEST = (
     "times as ratios on this machine; on a picture of 192 tokens there is little to save. nano-robust was trained with "
     "random token dropout; --model nano was not, and loses more."
 )
-_BATCH = 24  # prompts that are answered at once when only accuracy is wanted
+_BATCH = 24  # prompts that nano answers at once when only accuracy is wanted
+_PAGES = 20
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,11 @@ def demo(
     positions: PositionsOption = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=999, help="Which of the held-out posters.")] = 22,
     pages: Annotated[
-        int, typer.Option("--pages", min=0, max=600, help="Posters for the accuracy line; 0 leaves it out.")
-    ] = 20,
+        int | None,
+        typer.Option(
+            "--pages", min=0, max=600, help="Posters for the accuracy line; by default 20 for nano, else none."
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured rounds per question.")] = 3,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 4,
     device: DeviceOption = Device.auto,
@@ -104,7 +108,7 @@ def demo(
 
       vlm-budget demo --model nano --option newline=keep_all
 
-      vlm-budget demo --model llava-hf/llava-v1.6-vicuna-7b-hf --pages 0
+      vlm-budget demo --model llava-hf/llava-v1.6-vicuna-7b-hf
     """
     spend = Budget.parse(budget)
     spend.require_token_unit()
@@ -123,17 +127,18 @@ def demo(
         pruner = build_pruner(method, option or [])
         loaded = load(model, device.value, dtype.value, step, debug)
         step("drawing posters")
-        samples = importlib.import_module(f"{NANO}.data").test_set(max(seed + 1, pages))
+        counted_pages = pages if pages is not None else _PAGES * loaded.shipped
+        samples = importlib.import_module(f"{NANO}.data").test_set(max(seed + 1, counted_pages))
     place = positions.value if positions else "original" if loaded.shipped else None
     setting = Setting(pruner, spend, place, max_new_tokens, repeats)
     sample, asked = samples[seed], []
-    batches = -(-sum(len(page.questions) for page in samples[:pages]) // _BATCH)
-    with runs(stderr, setting.runs * len(sample.questions) + 2 * batches) as bar:
+    batches = make_batches(samples[:counted_pages], _BATCH if loaded.shipped else 1)
+    with runs(stderr, setting.runs * len(sample.questions) + 2 * len(batches)) as bar:
         for question in sample.questions:
             inputs = build_inputs(loaded.processor, [question.prompt], [[sample.image]], loaded.model)
             comparison = compare(loaded, inputs, setting, bar)
             asked.append(Asked(question.prompt, question.answer, comparison, loaded.shipped))
-        accuracy = held_out(loaded, samples[:pages], setting, bar) if pages else None
+        accuracy = {"posters": counted_pages, **held_out(loaded, batches, setting, bar)} if counted_pages else None
     kept = asked[0].comparison.kept
     save_kept(out, [sample.image], kept, f"{short(pruner)} at {spend}", [f"poster {seed}"])
     if as_json:
@@ -152,32 +157,36 @@ def is_right(answer: str, truth: str, first_word: bool) -> bool:
     return truth.lower() in re.findall(r"\w+", counted(answer, first_word).lower())
 
 
-def held_out(loaded: Loaded, samples: Sequence[Any], setting: Setting, runs: Runs) -> dict[str, Any]:
-    """Share of right answers over posters, unpruned and within the budget, answered in batches."""
+def make_batches(samples: Sequence[Any], size: int) -> list[list[tuple[Any, Any]]]:
+    """Pictures and questions of all posters, ``size`` at a time."""
+    pairs = [(page.image, question) for page in samples for question in page.questions]
+    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+
+
+def held_out(
+    loaded: Loaded, batches: Sequence[Sequence[tuple[Any, Any]]], setting: Setting, runs: Runs
+) -> dict[str, int]:
+    """Right answers, unpruned and within the budget, and how many questions there were."""
     import torch
 
     from .prompt import build_inputs
 
-    pairs = [(page.image, question) for page in samples for question in page.questions]
-    right = {"full": 0, "pruned": 0}
-    for start in range(0, len(pairs), _BATCH):
-        batch = pairs[start : start + _BATCH]
-        inputs = build_inputs(
-            loaded.processor, [question.prompt for _, question in batch], [[image] for image, _ in batch], loaded.model
-        )
-        for name, budget in (("full", Budget(1.0)), ("pruned", setting.budget)):
-            runs.begin(f"posters 1 to {len(samples)} at {budget}")
+    found = {"questions": sum(map(len, batches)), "right_full": 0, "right_pruned": 0}
+    for batch in batches:
+        images, questions = zip(*batch, strict=True)
+        prompts = [question.prompt for question in questions]
+        inputs = build_inputs(loaded.processor, prompts, [[image] for image in images], loaded.model)
+        for name, budget in (("right_full", Budget(1.0)), ("right_pruned", setting.budget)):
+            runs.begin(f"more posters at {budget}")
             with setting.patch(loaded.model, budget), torch.inference_mode():
                 ids = loaded.model.generate(**inputs, max_new_tokens=setting.max_new_tokens, do_sample=False)
             runs.end()
-            texts = loaded.processor.tokenizer.batch_decode(
-                ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
-            right[name] += sum(
-                is_right(text, question.answer, loaded.shipped)
-                for text, (_, question) in zip(texts, batch, strict=True)
-            )
-    return {"posters": len(samples), "questions": len(pairs), **{f"right_{name}": n for name, n in right.items()}}
+            new = ids[:, inputs["input_ids"].shape[1] :]
+            for text, question in zip(
+                loaded.processor.tokenizer.batch_decode(new, skip_special_tokens=True), questions, strict=True
+            ):
+                found[name] += is_right(text.strip(), question.answer, loaded.shipped)
+    return found
 
 
 def mean_sides(asked: Sequence[Asked]) -> tuple[Side, Side]:
@@ -237,17 +246,17 @@ def _show(
     budget = str(setting.budget)
     full, pruned = mean_sides(asked)
     size = sum(parameter.numel() for parameter in loaded.model.parameters()) / 1e6
-    console.print(
-        f"[bold]{loaded.name}[/bold]: {type(loaded.model).__name__}, {size:.3g} M parameters, {loaded.device}, "
-        f"{loaded.dtype}. [bold]{short(setting.pruner)}[/bold] at {budget}, {asked[0].comparison.positions} positions.\n"
-    )
+    kind, where = type(loaded.model).__name__, f"{loaded.device}, {loaded.dtype}"
+    method = f"{short(setting.pruner)} at {budget}, {asked[0].comparison.positions} positions"
+    console.print(Text.assemble((loaded.name, "bold"), f": {kind}, {size:.3g} M parameters, {where}"))
+    console.print(Text.assemble((method, "bold"), "\n"))
     table = Table(title=f"Poster {seed}, unseen in training", title_justify="left", header_style="bold")
     tokens = [f"{name}: {side.visual_tokens:.0f} tokens" for name, side in (("100%", full), (budget, pruned))]
     for name in ("question", "truth", *tokens):
         table.add_column(name, overflow="fold")
     for a in asked:
         answers = [_marked(*a.judged(side)) for side in (a.comparison.full, a.comparison.pruned)]
-        table.add_row(a.question, a.truth, *answers)
+        table.add_row(Text(a.question), Text(a.truth), *answers)
     console.print(table)
     console.print()
     console.print(times_table(full, pruned, f"Means over the {len(asked)} questions", budget))
@@ -259,7 +268,7 @@ def _show(
             f"Over {accuracy['posters']} unseen posters with {count} questions: {shares[0]} right with all tokens, "
             f"{shares[1]} at {budget}."
         )
-    console.print(f"What was kept: [bold]{out}[/bold]\n")
+    console.print(Text.assemble("What was kept: ", (str(out), "bold"), "\n"))
     if loaded.shipped:
         console.print(_HONEST, style="dim")
     console.print(

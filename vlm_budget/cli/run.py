@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from ..budget import Budget
 from .common import (
@@ -119,9 +120,10 @@ def run(
         return
     console = out_console()
     print_comparison(console, comparison, short(pruner), str(spend))
-    console.print(f"{model} on {loaded.device}, {loaded.dtype}; {comparison.positions} positions", style="dim")
+    where = f"{model} on {loaded.device}, {loaded.dtype}; {comparison.positions} positions"
+    console.print(Text(where, "dim"))
     if drawn:
-        console.print(f"What was kept: [bold]{out}[/bold]")
+        console.print(Text.assemble("What was kept: ", (str(out), "bold")))
 
 
 def kept_facts(kept: Sequence[KeptItem]) -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ def times_table(full: Side, pruned: Side, title: str, budget: str) -> Table:
 
 
 def _table(title: str, budget: str) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=Text(title), title_justify="left", header_style="bold")
     table.add_column("")
     for name in (FULL, budget if budget != FULL else f"{FULL} again", "ratio"):
         table.add_column(name, justify="right", overflow="fold")

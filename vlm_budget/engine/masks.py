@@ -1,4 +1,4 @@
-"""Attention masks in every form transformers hands to a language model: none, 2-D, 4-D, a dict of 4-D per layer type."""
+"""Attention masks in every form transformers hands to a language model: none, 2-D, 4-D, or a dict of 4-D ones."""
 
 from __future__ import annotations
 

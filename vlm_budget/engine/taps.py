@@ -30,11 +30,12 @@ class Tap:
         self.owner = owner
         self.name = name
         self.watch = watch
+        self.replaced: Callable[..., Any] | None = None  # what the user had put on the instance
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         """The original, so that ``inspect.signature`` (which transformers calls) sees its parameters."""
-        return getattr(type(self.owner), self.name).__get__(self.owner)
+        return self.replaced or getattr(type(self.owner), self.name).__get__(self.owner)
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,8 +44,12 @@ class Tap:
 
     def attach(self) -> None:
         """Put the tap in place."""
+        self.replaced = self.owner.__dict__.get(self.name)
         self.owner.__dict__[self.name] = self
 
     def detach(self) -> None:
         """Take the tap away."""
-        del self.owner.__dict__[self.name]
+        if self.replaced is None:
+            del self.owner.__dict__[self.name]
+        else:
+            self.owner.__dict__[self.name] = self.replaced

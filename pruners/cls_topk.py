@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from vlm_budget.allocate import split
+from vlm_budget.errors import OptionError
 from vlm_budget.ops import segmented_topk
 from vlm_budget.pruner import Attention, Context, Pruner, Tower, saliency
 
@@ -34,7 +35,7 @@ class ClsTopK(Pruner):
         """Check the scope."""
         super().__post_init__()
         if self.scope not in ("partition", "item"):
-            raise ValueError(f"scope must be 'partition' or 'item', got {self.scope!r}")
+            raise OptionError(f"scope must be 'partition' or 'item', got {self.scope!r}")
 
     def needs(self, tower: Tower) -> tuple[Attention, ...]:
         """Attention at the feature layer."""

@@ -30,6 +30,7 @@ import torch
 
 from vlm_budget.allocate import split
 from vlm_budget.budget import Budget
+from vlm_budget.errors import OptionError
 from vlm_budget.layout import Partition, VisualItem
 from vlm_budget.ops import segmented_topk
 from vlm_budget.pruner import Attention, Context, Pruner, Tower, saliency
@@ -61,13 +62,13 @@ class HiRED(Pruner):
         """Check the fields."""
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must lie in [0, 1], got {self.alpha}")
+            raise OptionError(f"alpha must lie in [0, 1], got {self.alpha}")
         if self.content not in ("mass", "count"):
-            raise ValueError(f"content must be 'mass' or 'count', got {self.content!r}")
+            raise OptionError(f"content must be 'mass' or 'count', got {self.content!r}")
         if self.budget_base not in ("valid", "padded"):
-            raise ValueError(f"budget_base must be 'valid' or 'padded', got {self.budget_base!r}")
+            raise OptionError(f"budget_base must be 'valid' or 'padded', got {self.budget_base!r}")
         if self.count_top is not None and self.count_top < 1:
-            raise ValueError(f"count_top must be at least 1, got {self.count_top}")
+            raise OptionError(f"count_top must be at least 1, got {self.count_top}")
 
     def needs(self, tower: Tower) -> tuple[Attention, ...]:
         """Content attention first, token attention second (the same need twice where the layers agree)."""

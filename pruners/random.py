@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vlm_budget.errors import OptionError
 from vlm_budget.pruner import Context, Pruner
 
 
@@ -27,7 +28,7 @@ class Random(Pruner):
         """Check the seed."""
         super().__post_init__()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ValueError(f"seed must be an int, got {self.seed!r}")
+            raise OptionError(f"seed must be an int, got {self.seed!r}")
 
     def pick(self, ctx: Context, k: int) -> torch.Tensor:
         """Draw ``k`` candidates without replacement, on the CPU so that every device gives the same draw."""

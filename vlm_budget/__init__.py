@@ -18,6 +18,8 @@ _EXPORTS = {
     "BudgetError": "errors",
     "ImageError": "errors",
     "LayoutError": "errors",
+    "ModelLoadError": "errors",
+    "OptionError": "errors",
     "PatchError": "errors",
     "PatchHandle": "patching",
     "Plan": "plan",
@@ -40,11 +42,11 @@ __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604 - the names are the table 
 
 if TYPE_CHECKING:
     from .budget import Budget as Budget
-    from .registry import list_families as list_families
-    from .registry import list_methods as list_methods
     from .errors import BudgetError as BudgetError
     from .errors import ImageError as ImageError
     from .errors import LayoutError as LayoutError
+    from .errors import ModelLoadError as ModelLoadError
+    from .errors import OptionError as OptionError
     from .errors import PatchError as PatchError
     from .errors import PlanError as PlanError
     from .errors import SelectionError as SelectionError
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
     from .plan import Plan as Plan
     from .pruner import Pruner as Pruner
     from .pruner import Selection as Selection
+    from .registry import list_families as list_families
+    from .registry import list_methods as list_methods
     from .report import Report as Report
 
 

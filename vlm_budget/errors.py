@@ -41,3 +41,11 @@ class UnknownNameError(VLMBudgetError, LookupError):
 
 class ImageError(VLMBudgetError, ValueError):
     """An image file that cannot be used: missing, empty, truncated, or far too large."""
+
+
+class OptionError(VLMBudgetError, ValueError):
+    """An option, of a method or of the command line, whose value cannot be used."""
+
+
+class ModelLoadError(VLMBudgetError, OSError):
+    """A model that is not there, or cannot be loaded."""

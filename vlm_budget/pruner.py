@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from .errors import BudgetError, SelectionError
+from .errors import BudgetError, OptionError, SelectionError
 
 if TYPE_CHECKING:
     from .budget import Budget
@@ -123,7 +123,7 @@ class Pruner:
             ("newline", ("drop", "keep_all", "keep_used_rows")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+                raise OptionError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
 
     def needs(self, tower: Tower) -> tuple[Attention, ...]:
         """The attention scores the method wants from the vision tower."""

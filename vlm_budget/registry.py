@@ -51,6 +51,18 @@ class Registry:
             raise ValueError(f"{self.kind} {name!r} is already registered as {self._targets[name]!r}")
         self._targets[name] = target
 
+    def target(self, name: str) -> str:
+        """``"module:Class"`` of an entry, without loading it.
+
+        Raises:
+            UnknownNameError: No such name; the message suggests the nearest ones.
+        """
+        if name not in self._targets:
+            near = difflib.get_close_matches(str(name).lower(), self._targets, n=3, cutoff=0.5)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise UnknownNameError(f"unknown {self.kind} {name!r}.{hint} Available: {', '.join(self.names())}.")
+        return self._targets[name]
+
     def get(self, name: str) -> type[Any]:
         """The class behind a name.
 
@@ -58,13 +70,10 @@ class Registry:
             UnknownNameError: No such name; the message suggests the nearest ones.
             TypeError: The target is not a subclass of the registry's base.
         """
-        if name not in self._targets:
-            near = difflib.get_close_matches(str(name).lower(), self._targets, n=3, cutoff=0.5)
-            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise UnknownNameError(f"unknown {self.kind} {name!r}.{hint} Available: {', '.join(self.names())}.")
-        found = _load(self._targets[name])
+        target = self.target(name)
+        found = _load(target)
         if not (isinstance(found, type) and issubclass(found, _load(self._base))):
-            raise TypeError(f"{self.kind} {name!r} ({self._targets[name]}) is not a subclass of {self._base}")
+            raise TypeError(f"{self.kind} {name!r} ({target}) is not a subclass of {self._base}")
         return found
 
     def name_of(self, cls: type) -> str | None:

@@ -40,10 +40,10 @@ class Report:
         encode_ms: Vision tower and projector, score probes included.
         probe_ms: The probes' part of it: computing attention rows.
         select_ms: Choosing the tokens.
-        compact_ms: Gathering embeddings, positions and masks, and growing the output back.
+        compact_ms: Gathering the prompt's embeddings, positions and masks, and growing the output back.
         prefill_ms: Language model over the prompt (all chunks).
         decode_steps: Language model calls after the prompt.
-        decode_ms_per_token: Mean time of these calls; None without any.
+        decode_ms_per_token: Mean time of these calls, translating masks and positions included; None without any.
         kv_bytes: Cache held by the kept prompt; 0 without a cache.
         kv_bytes_unpruned: What the unpruned prompt would hold.
     """

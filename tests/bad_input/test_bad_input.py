@@ -14,7 +14,7 @@ import vlm_budget
 from fingerprint import changes, fingerprint
 from tiny_parts import Tiny
 from tiny_parts import llama as llama_config
-from vlm_budget import BudgetError, LayoutError, PatchError, Plan, PlanError, UnknownNameError, UnsupportedModelError
+from vlm_budget import BudgetError, PatchError, Plan, PlanError, UnknownNameError, UnsupportedModelError
 
 transformers.logging.set_verbosity_error()
 

@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 import vlm_budget
-from vlm_budget.cli.errors import ModelLoadError, OptionError
 from vlm_budget.cli.loading import family_of, load, pick_device, resolve
-from vlm_budget.errors import UnsupportedModelError
+from vlm_budget.errors import ModelLoadError, OptionError, UnsupportedModelError
 
 Cli = Callable[..., Any]
 

@@ -4,9 +4,8 @@ from typing import Any, Literal
 
 import pytest
 
-from vlm_budget.cli.errors import OptionError
 from vlm_budget.cli.options import build_pruner, convert
-from vlm_budget.errors import UnknownNameError
+from vlm_budget.errors import OptionError, UnknownNameError
 from vlm_budget.registry import PRUNERS
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import pytest
-import tiny_models
 import transformers
-from tiny_models import Tiny
 
+import tiny_models
 import vlm_budget
+from tiny_models import Tiny
 
 from .patched import Prefill, compacted, forward
 from .reference import Row, greedy, rows

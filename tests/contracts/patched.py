@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_parts import IMAGE, VIDEO
 
+from tiny_parts import IMAGE, VIDEO
 from vlm_budget import PatchHandle
 
 from .reference import Row, kept_columns, language_model, physical_rows, recorded

@@ -118,16 +118,21 @@ class Row:
             masks=masks,
         )
 
+    @torch.no_grad()
     def hidden(self) -> torch.Tensor:
         """[n, D] last hidden states."""
-        return self._run().last_hidden_state[0]
+        return self._hidden()
 
+    @torch.no_grad()
     def logits(self) -> torch.Tensor:
         """[n, V] float32."""
-        with torch.no_grad():
-            return self.model.lm_head(self.hidden()).float()
+        return self.graph()
 
-    def _run(self) -> Any:
+    def graph(self) -> torch.Tensor:
+        """The logits, with gradients to the language model's weights."""
+        return self.model.lm_head(self._hidden()).float()
+
+    def _hidden(self) -> torch.Tensor:
         ones = torch.ones(1, self.length, dtype=torch.long)
         mask: Any = ones
         if self.masks is not None:
@@ -136,14 +141,14 @@ class Row:
         extra = {}
         if self.deepstack:
             extra = {"visual_pos_masks": self.visual[None], "deepstack_visual_embeds": list(self.deepstack)}
-        with torch.no_grad():
-            return language_model(self.model)(
-                inputs_embeds=self.embeds[None],
-                position_ids=self.positions[..., None, :],
-                attention_mask=mask,
-                use_cache=False,
-                **extra,
-            )
+        output = language_model(self.model)(
+            inputs_embeds=self.embeds[None],
+            position_ids=self.positions[..., None, :],
+            attention_mask=mask,
+            use_cache=False,
+            **extra,
+        )
+        return output.last_hidden_state[0]
 
 
 def rows(model: Any, inputs: dict[str, Any]) -> list[Row]:
@@ -161,7 +166,8 @@ def rows(model: Any, inputs: dict[str, Any]) -> list[Row]:
     # A video's temporal positions may pass those of the text behind it, and transformers generations disagree on what
     # comes next then: ask.
     with recorded(language_model(model)) as calls, torch.no_grad():
-        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        prompt = {name: value for name, value in inputs.items() if name != "labels"}
+        model.generate(**prompt, max_new_tokens=2, do_sample=False)
     return [replace(row, following=int(calls[1]["position_ids"][-1, index, 0])) for index, row in enumerate(found)]
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import Tiny, row_inputs
 
 import vlm_budget
+from tiny_models import Tiny, row_inputs
 
-from .patched import SAMPLE, TOLERANCE, compacted, forward, generate, kept_per_row
+from .patched import SAMPLE, TOLERANCE, forward, generate, kept_per_row
 from .reference import greedy, rows
 
 METHODS = vlm_budget.list_methods()

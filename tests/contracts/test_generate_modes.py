@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_parts import IMAGE, Tiny, row_inputs
 from transformers.generation.streamers import BaseStreamer
+
+from tiny_parts import IMAGE, Tiny, row_inputs
 
 from .conftest import TOKENS, Case
 from .patched import DECODED, generate, unpatched_or_skip

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_parts import IMAGE, TEXT_INPUTS, Tiny, row_inputs
 
 import vlm_budget
+from tiny_parts import IMAGE, TEXT_INPUTS, Tiny, row_inputs
 from vlm_budget import LayoutError
 
 from .conftest import BUDGET, METHOD, TOKENS, Case

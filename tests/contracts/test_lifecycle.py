@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from fingerprint import Fingerprint, changes, fingerprint
-from tiny_parts import Tiny
 from torch import nn
 
 import vlm_budget
+from fingerprint import Fingerprint, changes, fingerprint
+from tiny_parts import Tiny
 from vlm_budget import PatchError, Plan
 from vlm_budget.engine import boundary
 

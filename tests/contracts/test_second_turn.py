@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_parts import TEXT_INPUTS, VOCABULARY, Tiny, row_inputs
 
 import vlm_budget
+from tiny_parts import TEXT_INPUTS, VOCABULARY, Tiny, row_inputs
 from vlm_budget import PatchError
 
 from .conftest import BUDGET, GENERATING, METHOD, TOKENS, Case, case

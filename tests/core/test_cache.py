@@ -68,6 +68,15 @@ def test_decoded_tokens_count_once_in_both_coordinates(cache: Any) -> None:
     assert cache.get_seq_length() == VIRTUAL + 4 and columns(cache) == {PHYSICAL + 4}
 
 
+@pytest.mark.parametrize("query", [1, 5])
+def test_masks_made_outside_are_as_wide_as_the_caller_thinks(cache: Any, query: int) -> None:
+    # transformers 4.x passes the new positions, 5 their number
+    asked = torch.arange(query) if "cache_position" in signature(DynamicCache.get_mask_sizes).parameters else query
+    assert cache.get_mask_sizes(asked, 0) == (VIRTUAL + query, 0)
+    set_cache_state(cache, CacheState(**{**vars(cache_state(cache)), "physical": True}))
+    assert cache.get_mask_sizes(asked, 0) == (PHYSICAL + query, 0)
+
+
 def test_the_cache_stays_of_its_class_and_the_class_stays_as_it_is(cache: Any) -> None:
     assert isinstance(cache, DynamicCache) and isinstance(cache, VirtualLength)
     assert type(cache).__name__ == "VirtualDynamicCache"
@@ -80,7 +89,9 @@ def test_the_cache_stays_of_its_class_and_the_class_stays_as_it_is(cache: Any) -
 
 def test_a_second_compaction_keeps_the_class(cache: Any) -> None:
     first = type(cache)
-    set_cache_state(cache, CacheState(9, torch.ones(ROWS, 3, dtype=torch.bool), COLUMNS[:, :3], torch.zeros(ROWS), torch.tensor(0)))
+    set_cache_state(
+        cache, CacheState(9, torch.ones(ROWS, 3, dtype=torch.bool), COLUMNS[:, :3], torch.zeros(ROWS), torch.tensor(0))
+    )
     assert type(cache) is first and cache.get_seq_length() == PHYSICAL + 9
 
 
@@ -106,7 +117,8 @@ def test_keys_and_records_follow_the_rows(cache: Any, name: str, argument: Any, 
     after = cache_state(cache)
     assert after is not None
     assert all(torch.equal(a, b[rows]) for a, b in zip(tensors(cache), before, strict=True))
-    assert torch.equal(after.valid, state.valid[rows]) and torch.equal(after.shift, state.shift[rows])
+    for name in ("valid", "columns", "shift"):
+        assert torch.equal(getattr(after, name), getattr(state, name)[rows])
     assert (after.delta, after.tail, cache.get_seq_length()) == (DROPPED, TAIL, VIRTUAL)
 
 
@@ -119,6 +131,7 @@ def test_columns_after_the_last_dropped_one_can_be_cropped(cache: Any, drop: int
     assert cache.get_seq_length() == VIRTUAL - drop
     assert all(torch.equal(a, b[:, :, :-drop]) for a, b in zip(tensors(cache), before, strict=True))
     assert torch.equal(after.valid, state.valid[:, :-drop]) and after.tail == TAIL - drop
+    assert torch.equal(after.columns, state.columns[:, :-drop])
     assert after.virtual_length == VIRTUAL - drop
 
 

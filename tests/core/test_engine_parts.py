@@ -131,7 +131,9 @@ def test_a_column_takes_keys_and_values_of_all_layers_rows_and_heads(dtype: torc
 
 def test_an_account_tells_what_the_prompt_holds_and_would_hold() -> None:
     cache = filled_cache()
-    set_cache_state(cache, CacheState(4, torch.ones(3, 7, dtype=torch.bool), torch.zeros(3, 7), torch.zeros(3), torch.tensor(2)))
+    set_cache_state(
+        cache, CacheState(4, torch.ones(3, 7, dtype=torch.bool), torch.zeros(3, 7), torch.zeros(3), torch.tensor(2))
+    )
     account = Account()
     account.note_cache(cache, virtual=11)
     report = account.report("m", "20%", "packed")
@@ -152,7 +154,8 @@ def test_an_account_adds_stages_up_and_averages_decoding() -> None:
         account.stages[stage] += members
     report = account.report("m", "20%", "packed")
     assert report.encode_ms == total_ms(intervals["encode"]) and report.prefill_ms == total_ms(intervals["prefill"])
-    assert report.decode_steps == 3 and report.decode_ms_per_token == total_ms(intervals["decode"]) / 3
+    decoding = total_ms(intervals["decode"]) + total_ms(intervals["translate"])
+    assert report.decode_steps == 3 and report.decode_ms_per_token == decoding / 3
     assert Account().report("m", "20%", "packed").decode_ms_per_token is None
 
 

@@ -13,6 +13,8 @@ BUILTINS = {
     "PlanError": ValueError,
     "LayoutError": ValueError,
     "ImageError": ValueError,
+    "OptionError": ValueError,
+    "ModelLoadError": OSError,
     "SelectionError": RuntimeError,
     "PatchError": RuntimeError,
     "UnsupportedModelError": TypeError,

@@ -94,6 +94,37 @@ def test_without_a_mask_the_survivors_get_a_causal_one(right_padded: bool) -> No
     assert torch.equal(compact_square(None, plan, static=False), causal(plan.valid))
 
 
+@PADDINGS
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_cached_columns_are_gathered_by_where_the_caller_knows_them(right_padded: bool, dtype: torch.dtype) -> None:
+    batch, start, length = (
+        3,
+        6,
+        7,
+    )
+    past_columns = torch.tensor([[0, 0, 3, 5], [0, 1, 4, 5], [1, 2, 3, 4]])
+    past_valid = torch.tensor([[False, True, True, True], [True] * 4, [True] * 4])
+    keep = torch.rand(batch, length) < 0.6
+    keep[:, -1] = True
+    plan = compact(keep, int(keep.sum(1).max()), right_padded)
+    mask = causal((torch.rand(batch, start + length) < 0.8).int(), dtype)[:, :, start:]
+    short = compact_square(mask, plan, static=False, past=(past_valid, past_columns, start))
+    blocked = False if dtype == torch.bool else torch.finfo(dtype).min
+    assert short.shape == (batch, 1, plan.slots, 4 + plan.slots)
+    for row in range(batch):
+        new, valid = keep[row].nonzero().flatten(), plan.valid[row]
+        columns = torch.cat([past_columns[row][past_valid[row]], new + start])
+        flags = torch.cat([past_valid[row], valid])
+        assert torch.equal(short[row, 0][valid][:, flags], mask[row, 0][new][:, columns])
+        assert (short[row, 0][:, ~flags] == blocked).all()
+
+
+def test_without_a_mask_the_cached_columns_are_all_seen() -> None:
+    plan = compact(torch.tensor([[True, False, True]]), 2, right_padded=False)
+    past = (torch.tensor([[False, True, True]]), torch.tensor([[0, 1, 4]]), 5)
+    assert compact_square(None, plan, False, past)[0, 0].int().tolist() == [[0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
+
+
 def test_a_static_cache_keeps_its_spare_columns_blocked() -> None:
     plan = compact(torch.tensor([[True, False, True, False, True]]), 3, right_padded=False)
     mask = torch.cat([causal(torch.ones(1, 5)), torch.ones(1, 1, 5, 3, dtype=torch.bool)], -1)
@@ -116,3 +147,6 @@ def test_masks_that_cannot_be_shortened_are_refused_with_a_way_out() -> None:
         compact_square(object(), plan, static=False)
     with pytest.raises(PatchError, match="cache of 3 columns is shorter than the prompt of 5.*default dynamic cache"):
         compact_square(torch.ones(1, 1, 5, 3, dtype=torch.bool), plan, static=True)
+    with pytest.raises(PatchError, match="cache of 5 columns is shorter than the prompt of 7.*Start from a new cache"):
+        past = (torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.long), 2)
+        compact_square(torch.ones(1, 1, 5, 5, dtype=torch.bool), plan, static=False, past=past)

@@ -24,6 +24,7 @@ def test_entries_are_not_imported_before_they_are_asked_for() -> None:
     registry = shelf(chain="collections:ChainMap", ghost="vlm_budget_no_such_module:Ghost")
     assert registry.names() == list(registry) == ["chain", "ghost"]
     assert "ghost" in registry and "nobody" not in registry
+    assert registry.target("ghost") == "vlm_budget_no_such_module:Ghost"
     registry.get("chain")
     with pytest.raises(ModuleNotFoundError, match="vlm_budget_no_such_module"):
         registry.get("ghost")
@@ -53,9 +54,10 @@ def test_a_misspelt_name_is_answered_with_the_near_ones_and_all(typed: str, mean
 
 
 def test_a_name_like_no_other_gets_no_suggestion() -> None:
-    with pytest.raises(UnknownNameError, match="unknown method 'qqq'. Available: cls_topk, ") as caught:
-        PRUNERS.get("qqq")
-    assert "Did you mean" not in str(caught.value)
+    for ask in (PRUNERS.get, PRUNERS.target):
+        with pytest.raises(UnknownNameError, match="unknown method 'qqq'. Available: cls_topk, ") as caught:
+            ask("qqq")
+        assert "Did you mean" not in str(caught.value)
 
 
 def test_an_entry_that_is_no_subclass_of_the_base_is_refused() -> None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 import vlm_budget
 from tiny_models import SETUPS, build
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import synthetic_items as make
 from vlm_budget import Budget, BudgetError, Pruner, Selection, SelectionError, list_methods
+from vlm_budget.errors import OptionError
 from vlm_budget.layout import VisualItem
 from vlm_budget.pruner import Attention, Context, saliency
 from vlm_budget.registry import PRUNERS
@@ -111,9 +112,9 @@ def test_a_method_is_frozen_and_keyword_only_and_checks_the_common_fields(method
         cls().newline = "keep_all"
     with pytest.raises(TypeError):
         cls("packed")
-    with pytest.raises(ValueError, match="positions must be one of .*'packed', 'original'.*got 'sideways'"):
+    with pytest.raises(OptionError, match="positions must be one of .*'packed', 'original'.*got 'sideways'"):
         cls(positions="sideways")
-    with pytest.raises(ValueError, match="newline must be one of .*'drop'.*got None"):
+    with pytest.raises(OptionError, match="newline must be one of .*'drop'.*got None"):
         cls(newline=None)
     assert {"positions", "newline"} <= {field.name for field in fields(cls)}
 

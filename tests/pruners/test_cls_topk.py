@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import synthetic_items as make
+from vlm_budget.errors import OptionError
 from vlm_budget.pruner import Attention, Context
 from vlm_budget.pruners.cls_topk import ClsTopK
 
@@ -74,6 +75,6 @@ def test_separators_are_never_ranked(scope: str) -> None:
 
 
 def test_an_unknown_scope_is_refused() -> None:
-    with pytest.raises(ValueError, match="scope must be 'partition' or 'item', got 'image'"):
+    with pytest.raises(OptionError, match="scope must be 'partition' or 'item', got 'image'"):
         ClsTopK(scope="image")  # type: ignore[arg-type]
     assert str(ClsTopK(scope="item")) == "ClsTopK(scope='item')"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import synthetic_items as make
 from vlm_budget import Budget, BudgetError
+from vlm_budget.errors import OptionError
 from vlm_budget.layout import Partition, VisualItem
 from vlm_budget.pruner import Attention, Context
 from vlm_budget.pruners.hired import HiRED, patches_under
@@ -333,7 +334,7 @@ def test_a_padded_budget_base_counts_all_grid_tokens_and_no_newlines() -> None:
     ],
 )
 def test_fields_out_of_range_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(OptionError, match=message):
         HiRED(**fields)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import synthetic_items as make
+from vlm_budget.errors import OptionError
 from vlm_budget.pruners.random import Random
 
 ITEM = make.anyres(2, 2, side=5, pad=(1, 0))
@@ -30,7 +31,7 @@ def test_every_integer_is_a_seed(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [0.5, "0", None, True])
 def test_what_is_no_integer_is_no_seed(seed: object) -> None:
-    with pytest.raises(ValueError, match="seed must be an int"):
+    with pytest.raises(OptionError, match="seed must be an int"):
         Random(seed=seed)  # type: ignore[arg-type]
 
 

@@ -14,8 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from ..errors import VLMBudgetError
-from .errors import OptionError
+from ..errors import OptionError, VLMBudgetError
 
 
 class Device(str, Enum):

@@ -30,7 +30,7 @@ class Side:
         first_token_ms: Wall clock from the call of ``generate`` to the first token: all of the below and all else.
         encode_ms: Vision tower and projector, the method's probes included.
         selection_ms: Choosing the tokens, the probes that give the scores included.
-        compact_ms: Gathering what stays and mapping outputs back, over all steps of the answer.
+        compact_ms: Gathering what stays of the prompt and mapping its outputs back.
         prefill_ms: Language model over the prompt.
         decode_ms_per_token: Language model per further token; None when one token was the answer.
         kv_bytes: Cache of the prompt.

@@ -39,9 +39,7 @@ def describe(registry: Registry, name: str) -> Entry:
     Raises:
         UnknownNameError: No such name.
     """
-    if name not in registry:
-        registry.get(name)  # raises, with suggestions
-    module, _, cls = registry._targets[name].partition(":")
+    module, _, cls = registry.target(name).partition(":")
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{registry.kind} {name!r} is registered as {module}:{cls}, which does not exist")

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedModelError, VLMBudgetError
+from ..errors import ModelLoadError, OptionError, UnsupportedModelError, VLMBudgetError
 from ..registry import FAMILIES
-from .errors import ModelLoadError, OptionError
 
 # By string, as methods are: the core never imports what lies on a higher floor.
 NANO = "vlm_budget.eval.nano"

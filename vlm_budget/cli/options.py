@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..errors import UnknownNameError
+from ..errors import OptionError, UnknownNameError
 from ..registry import PRUNERS
-from .errors import OptionError
 
 if TYPE_CHECKING:
     from ..pruner import Pruner

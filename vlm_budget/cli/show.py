@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import OptionError
 from .compare import FULL, Comparison, Side, ratio
-from .errors import OptionError
 
 if TYPE_CHECKING:
     from PIL import Image

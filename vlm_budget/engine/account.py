@@ -13,7 +13,7 @@ from ..report import KeptItem, Report
 from .cache import cache_state
 from .clock import Interval, total_ms
 
-STAGES = ("encode", "probe", "select", "compact", "prefill", "decode")
+STAGES = ("encode", "probe", "select", "compact", "prefill", "decode", "translate")
 
 
 @dataclass(eq=False)
@@ -68,7 +68,7 @@ class Account:
             compact_ms=ms["compact"],
             prefill_ms=ms["prefill"],
             decode_steps=steps,
-            decode_ms_per_token=ms["decode"] / steps if steps else None,
+            decode_ms_per_token=(ms["decode"] + ms["translate"]) / steps if steps else None,
             kv_bytes=column * physical,
             kv_bytes_unpruned=column * virtual,
         )

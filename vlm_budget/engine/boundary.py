@@ -36,6 +36,7 @@ from .masks import compact_square, is_square, new_columns_valid, padding_mask
 from .observe import Observer
 from .selection import Observation, PromptSelection, make_plan, seen_rows, select, tie_observation, tied_observations
 
+
 @dataclass(frozen=True, eq=False)
 class Pending:
     """What the language model's post-hook needs from its pre-hook."""
@@ -169,7 +170,7 @@ class Boundary:
             return None
         interval = Interval(embeds.device)
         new, state, compaction = self._shorten(kwargs, selection, visual, earlier)
-        self._account().stages["compact"].append(interval.stop())
+        self._account().stages["compact" if prompt else "translate"].append(interval.stop())
         local.pending = Pending(Interval(embeds.device), prompt, state, compaction, earlier)
         if earlier is not None:
             set_cache_state(cache, replace(earlier, physical=True))
@@ -197,7 +198,7 @@ class Boundary:
             account.note_cache(cache, _length(cache))
         if pending.compaction is not None:
             grow_output(output, pending.compaction)
-            account.stages["compact"].append(interval.stop())
+            account.stages["compact" if pending.prompt else "translate"].append(interval.stop())
         return output
 
     # --- pieces ----------------------------------------------------------------------------------------------------
@@ -331,9 +332,7 @@ class Boundary:
         # Never None: without a mask transformers reads gaps in position ids as packed sequences, and blocks attention.
         static = bool(getattr(cache, "is_compileable", False))
         before = (past_valid, columns, past) if past else None
-        new["attention_mask"] = (
-            compact_square(mask, compaction, static, before) if is_square(mask) else whole.long()
-        )
+        new["attention_mask"] = compact_square(mask, compaction, static, before) if is_square(mask) else whole.long()
         renumber_cache_position(new, past_valid.shape[1], compaction.slots, device)
         columns = torch.cat([columns, past + compaction.index], 1)
         return new, CacheState(past + length - whole.shape[1], whole, columns, shift, tail), compaction

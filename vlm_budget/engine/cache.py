@@ -122,7 +122,9 @@ class VirtualLength:
                     f"cannot crop the last {drop} tokens of a pruned cache: dropped visual tokens lie among them. "
                     "Start from a new cache."
                 )
-            state = replace(state, valid=state.valid[:, :-into], columns=state.columns[:, :-into], tail=state.tail - into)
+            state = replace(
+                state, valid=state.valid[:, :-into], columns=state.columns[:, :-into], tail=state.tail - into
+            )
             setattr(self, _STATE, state)
         return super().crop(-drop) if drop or not to_length else None  # type: ignore[misc]
 

@@ -1,0 +1,161 @@
+"""The same tokens on every attention backend, and under ``torch.compile``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import vlm_budget
+
+from .conftest import BUDGET, Case, case
+from .patched import TOLERANCE, generate, unpatched_or_skip
+
+METHODS = vlm_budget.list_methods()
+FLASH = "flash_attention_2"
+
+
+def flash_stand_in(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """FlashAttention's contract on the CPU: a 2-D padding mask as long as the keys, or packed sequences, or nothing."""
+    assert attention_mask is None or attention_mask.shape == (len(key), key.shape[2])
+    key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value))
+    rows, columns = query.shape[2], key.shape[2]
+    seen = torch.ones(rows, columns, dtype=torch.bool)
+    if module.is_causal if is_causal is None else is_causal:
+        seen = seen.tril(columns - rows)
+    ends = kwargs.get("cu_seq_lens_q")
+    if ends is not None:
+        part = torch.bucketize(torch.arange(rows), ends[1:], right=True)
+        seen = seen & (part[:, None] == part)
+    seen = seen[None, None]
+    if attention_mask is not None:
+        seen = seen & attention_mask.bool()[:, None, None, :]
+    output = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
+    return output.nan_to_num().transpose(1, 2).contiguous(), None
+
+
+def use_flash(model: Any) -> None:
+    """Set the name without the check for a GPU."""
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation_internal"):
+            module.config._attn_implementation_internal = FLASH
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the stand-in where transformers looks for the kernel."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, FLASH, flash_stand_in)
+
+
+def test_eager(generating_case: Case) -> None:
+    generating_case.tiny.model.set_attn_implementation("eager")
+    with generating_case.patch():
+        assert generate(generating_case.tiny.model, generating_case.tiny.clone()) == generating_case.pruned
+
+
+def test_two_dimensional_masks(generating_case: Case, flash: None) -> None:
+    tiny = generating_case.tiny
+    use_flash(tiny.model)
+    unpatched_or_skip(lambda: generate(tiny.model, tiny.clone()), generating_case.unpruned, "flash attention")
+    with generating_case.patch():
+        assert generate(tiny.model, tiny.clone()) == generating_case.pruned
+        beams = generate(tiny.model, tiny.clone(), num_beams=2)
+    tiny.model.set_attn_implementation("sdpa")
+    with generating_case.patch():
+        assert generate(tiny.model, tiny.clone(), num_beams=2) == beams
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl"])
+def test_every_method_keeps_the_same_tokens_on_every_backend(name: str, method: str, flash: None) -> None:
+    tiny = case(name).tiny
+    kept = []
+    for use in (
+        lambda: None,
+        lambda: tiny.model.set_attn_implementation("eager"),
+        lambda: use_flash(tiny.model),
+    ):
+        use()
+        with vlm_budget.patch(tiny.model, method, BUDGET) as handle, torch.no_grad():
+            tiny.model(**tiny.clone())
+            kept.append([item.positions for item in handle.kept()])
+    assert kept[0] == kept[1] == kept[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_flex_attention(name: str) -> None:
+    known = case(name)
+    tiny = known.tiny
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return tiny.model(**tiny.clone()).logits[:, -1]
+
+    with known.patch():
+        want = logits()
+
+    def use_flex() -> None:
+        tiny.model.set_attn_implementation("flex_attention")
+        logits()
+
+    unpatched_or_skip(use_flex, None, "flex attention on the CPU")
+    with known.patch():
+        torch.testing.assert_close(logits(), want, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl"])
+def test_compiled_with_graph_breaks(name: str) -> None:
+    known = case(name)
+    tiny = known.tiny
+    torch._dynamo.reset()
+    compiled = torch.compile(tiny.model, backend="eager", fullgraph=False)
+    with known.patch(), torch.no_grad():
+        want = tiny.model(**tiny.clone()).logits
+        torch.testing.assert_close(compiled(**tiny.clone()).logits, want, **TOLERANCE)
+        assert generate(compiled, tiny.clone()) == known.pruned
+    torch._dynamo.reset()
+
+
+def test_a_compiled_model_can_be_patched(llava_case: Case) -> None:
+    tiny = llava_case.tiny
+    torch._dynamo.reset()
+    compiled = torch.compile(tiny.model, backend="eager", fullgraph=False)
+    with torch.no_grad():
+        compiled(**tiny.clone())
+        with vlm_budget.patch(compiled, "hired", BUDGET) as handle:
+            assert handle.model is tiny.model
+            logits = compiled(**tiny.clone()).logits
+            torch.testing.assert_close(logits, tiny.model(**tiny.clone()).logits, **TOLERANCE)
+            assert handle.report().kept_tokens < handle.report().visual_tokens
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision(llava_case: Case, method: str) -> None:
+    tiny = llava_case.tiny
+    model = tiny.model.to(torch.bfloat16)
+    inputs = tiny.clone()
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    with torch.no_grad():
+        before = model(**inputs).logits
+        with vlm_budget.patch(model, method, 1.0):
+            assert torch.equal(model(**inputs).logits, before)
+        with vlm_budget.patch(model, method, BUDGET):
+            logits = model(**inputs).logits
+    assert logits.dtype == torch.bfloat16
+    assert logits[tiny.inputs["attention_mask"].bool()].isfinite().all()
+    assert transformers.__version__

@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,8 @@ def encode_pages(model: LlavaNextForConditionalGeneration, samples: Sequence[Sam
         for start in range(0, len(samples), batch):
             inputs = process(images=[s.image for s in samples[start : start + batch]], return_tensors="pt")
             keywords = {"pixel_values": inputs["pixel_values"], "image_sizes": inputs["image_sizes"]}
-            _, observation = observer.observe("image", base.get_image_features, (), keywords)
+            encoder: Callable[..., Any] = getattr(base, family.encoders["image"])
+            _, observation = observer.observe("image", encoder, (), keywords)
             seen += list(_per_page(observation))
     finally:
         for probe in probes:

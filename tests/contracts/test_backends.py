@@ -95,8 +95,7 @@ def test_every_method_keeps_the_same_tokens_on_every_backend(name: str, method: 
     assert kept[0] == kept[1] == kept[2]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_vl"])
 def test_flex_attention(name: str) -> None:
     known = case(name)
     tiny = known.tiny
@@ -112,9 +111,11 @@ def test_flex_attention(name: str) -> None:
         tiny.model.set_attn_implementation("flex_attention")
         logits()
 
-    unpatched_or_skip(use_flex, None, "flex attention on the CPU")
-    with known.patch():
-        torch.testing.assert_close(logits(), want, **TOLERANCE)
+    # Its compilation takes a minute on one core; the contract is about masks, which eager reads alike.
+    with torch.compiler.set_stance("force_eager"):
+        unpatched_or_skip(use_flex, None, "flex attention on the CPU")
+        with known.patch():
+            torch.testing.assert_close(logits(), want, **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl"])

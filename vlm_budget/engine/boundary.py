@@ -130,6 +130,9 @@ class Boundary:
 
     # --- outer model -----------------------------------------------------------------------------------------------
 
+    # Every hook is kept from torch.compile: what a traced one writes to a thread-local is lost.
+
+    @torch.compiler.disable
     def before_base(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Find this call's placeholders, if it brings pixels or encoded features."""
         local = self._local
@@ -144,6 +147,7 @@ class Boundary:
         for modality in self.family.given_modalities(kwargs):
             local.visual[modality] = self._placeholders(modality, ids, kwargs.get("inputs_embeds"))
 
+    @torch.compiler.disable
     def after_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forget this call, also after an exception."""
         local = self._local
@@ -214,7 +218,8 @@ class Boundary:
         token = self.family.token_ids(self.base.config)[modality]
         if ids is not None:
             return ids == token
-        vector = self.base.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+        embedding: Any = self.base.get_input_embeddings()  # type: ignore[operator]
+        vector = embedding(torch.tensor(token, device=embeds.device))
         return (embeds == vector).all(-1)
 
     def _selection(self, visual: dict[Modality, torch.Tensor], cache: Any, embeds: torch.Tensor) -> PromptSelection:

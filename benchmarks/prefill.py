@@ -1,6 +1,6 @@
 """Does pruning make the prefill faster, selection included?
 
-Three runs side by side, in turn, on one LLaVA-NeXT of real proportions with random weights (CLIP-L/14 at 336 pixels, a
+Three runs in turn, round after round, on one LLaVA-NeXT of real proportions with random weights (CLIP-L/14 at 336 pixels, a
 0.5B-class language model, 2 x 2 crops): the unpatched model; the model patched at a budget; and the same language model
 natively fed as many tokens as the budget leaves. Reported are medians and ratios of medians:
 
@@ -92,13 +92,14 @@ class Timer:
 
     def __call__(self, call: Callable[[], Any]) -> tuple[float, Any]:
         """Milliseconds and the call's result."""
-        self._drain()
+        self.drain()
         start = time.perf_counter()
         result = call()
-        self._drain()
+        self.drain()
         return (time.perf_counter() - start) * 1000, result
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Wait until the device has nothing left to do."""
         if self.cuda:
             torch.cuda.synchronize()
 
@@ -137,46 +138,88 @@ def check(model: Any, inputs: dict[str, torch.Tensor], native: dict[str, Any], m
     return difference
 
 
+class PrefillClock:
+    """Times the language model inside a whole forward of the unpatched model."""
+
+    def __init__(self, model: Any, timer: Timer) -> None:
+        self.timer = timer
+        self.ms = 0.0
+        decoder = model.model.language_model
+        self.hooks = [decoder.register_forward_pre_hook(self._begin), decoder.register_forward_hook(self._end)]
+
+    def _begin(self, *_: Any) -> None:
+        self.timer.drain()
+        self.start = time.perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        self.timer.drain()
+        self.ms = (time.perf_counter() - self.start) * 1000
+
+    def remove(self) -> None:
+        """Stop timing."""
+        for hook in self.hooks:
+            hook.remove()
+
+
 @torch.no_grad()
-def measure(model: Any, inputs: dict[str, torch.Tensor], method: str, budget: float, runs: int, timer: Timer) -> Any:
-    """One method at one budget."""
-    native = native_inputs(model, inputs, method, budget)
-    difference = check(model, inputs, native, method, budget)
-    times: dict[str, list[float]] = {}
-
-    def note(**values: float) -> None:
-        for name, value in values.items():
-            times.setdefault(name, []).append(value)
-
-    encode = {"pixel_values": inputs["pixel_values"], "image_sizes": inputs["image_sizes"]}
+def measure(
+    model: Any, inputs: dict[str, torch.Tensor], methods: list[str], budget: float, runs: int, timer: Timer
+) -> list[dict[str, Any]]:
+    """All methods at one budget: in every round the unpatched, the native and each patched model run once."""
+    natives = {method: native_inputs(model, inputs, method, budget) for method in methods}
+    differences = {method: check(model, inputs, natives[method], method, budget) for method in methods}
+    times: dict[str, dict[str, list[float]]] = {method: {} for method in methods}
+    reports = {}
     for run in range(runs + 1):
+        clock = PrefillClock(model, timer)
         whole, _ = timer(lambda: model(**inputs, logits_to_keep=1))
-        vision, _ = timer(lambda: model.model.get_image_features(**encode))
-        with vlm_budget.patch(model, method, budget) as handle:
-            pruned, _ = timer(lambda: model(**inputs, logits_to_keep=1))
-            report = handle.report()
-        plain, _ = timer(lambda: model.model.language_model(**native))
-        if run == 0:
-            continue  # warm-up
-        extra = report.probe_ms + report.select_ms + report.compact_ms
-        note(unpatched_forward=whole, vision=vision, unpatched_prefill=whole - vision, patched_forward=pruned)
-        note(patched_prefill=report.prefill_ms, probe=report.probe_ms, select=report.select_ms)
-        note(compact=report.compact_ms, extra=extra, native_prefill=plain)
+        clock.remove()
+        # Every method keeps the same number of tokens, so one native run stands for all.
+        native, _ = timer(lambda: model.model.language_model(**natives[methods[0]]))
+        for method in methods:
+            with vlm_budget.patch(model, method, budget) as handle:
+                patched, _ = timer(lambda: model(**inputs, logits_to_keep=1))
+                report = reports[method] = handle.report()
+            row = {
+                "unpatched_forward": whole,
+                "unpatched_prefill": clock.ms,
+                "native_prefill": native,
+                "patched_forward": patched,
+                "patched_prefill": report.prefill_ms,
+                "probe": report.probe_ms,
+                "select": report.select_ms,
+                "compact": report.compact_ms,
+                "extra": report.probe_ms + report.select_ms + report.compact_ms,
+            }
+            for name, value in row.items():
+                if run:  # the first round warms up
+                    times[method].setdefault(name, []).append(value)
+    return [
+        {
+            "method": method,
+            "budget": budget,
+            "visual_tokens": reports[method].visual_tokens,
+            "kept_tokens": reports[method].kept_tokens,
+            "runs": runs,
+            "output_difference": differences[method],
+            **summary(times[method]),
+        }
+        for method in methods
+    ]
+
+
+def summary(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians with their spread, and the ratios of medians."""
     middle = {name: statistics.median(values) for name, values in times.items()}
+    own = middle["patched_prefill"] + middle["extra"]
     return {
-        "method": method,
-        "budget": budget,
-        "visual_tokens": report.visual_tokens,
-        "kept_tokens": report.kept_tokens,
-        "runs": runs,
-        "output_difference": difference,
         "ms": {name: {"median": middle[name], "min": min(v), "max": max(v)} for name, v in times.items()},
         "ratios": {
             "overhead": middle["extra"] / middle["unpatched_prefill"],
             "overhead_of_forward": middle["extra"] / middle["unpatched_forward"],
-            "against_native": (middle["patched_prefill"] + middle["extra"]) / middle["native_prefill"],
+            "against_native": own / middle["native_prefill"],
             "speedup_forward": middle["unpatched_forward"] / middle["patched_forward"],
-            "speedup_prefill": middle["unpatched_prefill"] / (middle["patched_prefill"] + middle["extra"]),
+            "speedup_prefill": middle["unpatched_prefill"] / own,
         },
     }
 
@@ -202,11 +245,11 @@ def main() -> None:
         model.set_attn_implementation(arguments.attention)
     inputs = build_inputs(model, arguments.device, dtype, arguments.batch)
     timer = Timer(arguments.device)
-    results = []
-    for method in arguments.methods:
-        for budget in arguments.budgets:
-            results.append(measure(model, inputs, method, budget, arguments.runs, timer))
-            print(method, budget, {k: round(v, 3) for k, v in results[-1]["ratios"].items()}, flush=True)
+    results: list[dict[str, Any]] = []
+    for budget in arguments.budgets:
+        for result in measure(model, inputs, arguments.methods, budget, arguments.runs, timer):
+            results.append(result)
+            print(result["method"], budget, {k: round(v, 3) for k, v in result["ratios"].items()}, flush=True)
     write_json(
         arguments.out / f"prefill_{'cuda' if cuda else 'cpu'}_{arguments.size}.json",
         {

@@ -1,8 +1,8 @@
 """Does pruning make the prefill faster, selection included?
 
-Three runs in turn, round after round, on one LLaVA-NeXT of real proportions with random weights (CLIP-L/14 at 336 pixels, a
-0.5B-class language model, 2 x 2 crops): the unpatched model; the model patched at a budget; and the same language model
-natively fed as many tokens as the budget leaves. Reported are medians and ratios of medians:
+Three runs in turn, round after round, on one LLaVA-NeXT of real proportions with random weights (CLIP-L/14 at 336
+pixels, a 0.5B-class language model, 2 x 2 crops): the unpatched model; the model patched at a budget; and the same
+language model natively fed as many tokens as the budget leaves. Reported are medians and ratios of medians:
 
 * ``overhead``: probes, selection and compaction of the patched run over the language-model prefill of the unpatched one
   (and, as ``overhead_of_forward``, over its whole forward with the vision tower);

@@ -185,6 +185,8 @@ def patch(
     earlier: PatchHandle | None = base.__dict__.get(_HANDLE)
     if earlier is not None:
         earlier.undo()
+    if _is_compiled(model) or _is_compiled(outer) or _is_compiled(base):
+        torch.compiler.reset()  # its guards overlook hooks that are added to what has run compiled before
     handle = PatchHandle(outer, boundary)
     try:
         handle._install()
@@ -258,6 +260,10 @@ def encoder_items(base: nn.Module, family: Family, modality: Modality, inputs: d
         return family.items(base, modality, family.encoder_inputs(modality, inputs, names))
     except KeyError as missing:
         raise LayoutError(f"a layout needs {missing} from the processor; got {sorted(inputs)}") from missing
+
+
+def _is_compiled(model: Any) -> bool:
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
 
 
 def _unwrap(model: Any) -> nn.Module:

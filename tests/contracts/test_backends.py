@@ -131,17 +131,23 @@ def test_compiled_with_graph_breaks(name: str) -> None:
     torch._dynamo.reset()
 
 
-def test_a_compiled_model_can_be_patched(llava_case: Case) -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_model_that_has_run_compiled_can_be_patched(llava_case: Case, in_place: bool) -> None:
     tiny = llava_case.tiny
     torch._dynamo.reset()
-    compiled = torch.compile(tiny.model, backend="eager", fullgraph=False)
+    if in_place:
+        tiny.model.compile(backend="eager")
+    compiled = tiny.model if in_place else torch.compile(tiny.model, backend="eager", fullgraph=False)
     with torch.no_grad():
-        compiled(**tiny.clone())
+        before = compiled(**tiny.clone()).logits
         with vlm_budget.patch(compiled, "hired", BUDGET) as handle:
             assert handle.model is tiny.model
             logits = compiled(**tiny.clone()).logits
-            torch.testing.assert_close(logits, tiny.model(**tiny.clone()).logits, **TOLERANCE)
             assert handle.report().kept_tokens < handle.report().visual_tokens
+        valid = tiny.inputs["attention_mask"].bool()
+        for part, mask, want in zip(logits, valid, llava_case.prefill.logits, strict=True):
+            torch.testing.assert_close(part[mask], want, **TOLERANCE)
+        torch.testing.assert_close(compiled(**tiny.clone()).logits, before, **TOLERANCE)
     torch._dynamo.reset()
 
 

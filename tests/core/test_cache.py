@@ -19,7 +19,7 @@ from vlm_budget.engine.cache import CacheState, VirtualLength, cache_state, set_
 
 ROWS, LAYERS, PHYSICAL, DROPPED, TAIL = 3, 2, 7, 4, 2
 VIRTUAL = PHYSICAL + DROPPED
-COLUMNS = torch.arange(PHYSICAL).repeat(ROWS, 1) + DROPPED
+COLUMNS = torch.arange(PHYSICAL) + torch.arange(ROWS)[:, None]  # each row lost others
 ZERO_IS_A_LENGTH = "max_length" in signature(DynamicCache.crop).parameters  # transformers 4.x
 
 

@@ -195,6 +195,13 @@ def test_a_boundary_patch_belongs_to_the_crop_that_holds_its_centre() -> None:
     thirds = [(0, 0, 1 / 3, 1), (1 / 3, 0, 2 / 3, 1), (2 / 3, 0, 1, 1)]
     assert owners(1, 4, thirds) == [[0, 1, 1, 2]]  # centres 0.125, 0.375, 0.625, 0.875
     assert owners(1, 5, [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]) == [[0, 0, 1, 1, 1]]  # on the line: the right one
+    assert owners(5, 1, [(0, 0, 1, 0.5), (0, 0.5, 1, 1)]) == [[0], [0], [1], [1], [1]]  # and the lower one
+
+
+def test_a_thumbnail_with_padding_of_its_own_maps_by_the_picture_too() -> None:
+    whole = Partition("thumbnail", 4, 4, (0, -0.5, 1, 1.5))  # a landscape in the middle rows of a square
+    crops = [Partition("crop", 4, 4, (0, 0, 0.5, 1)), Partition("crop", 4, 4, (0.5, 0, 1, 1))]
+    assert patches_under(whole, crops).reshape(4, 4).tolist() == [[2] * 4, [0, 0, 1, 1], [0, 0, 1, 1], [2] * 4]
 
 
 def test_a_patch_under_no_crop_is_nobodys_and_one_under_two_the_firsts() -> None:

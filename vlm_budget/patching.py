@@ -177,6 +177,8 @@ def patch(
     pruner = _pruner(method, options)
     if (budget is None) == (plan is None):
         raise BudgetError("pass either a budget, such as budget=0.2, or a plan")
+    if not isinstance(plan, Plan | None):
+        raise PlanError(f"plan must be a Plan, got {type(plan).__name__}. Read one with Plan.load(path).")
     spend: Budget | Plan = plan if plan is not None else Budget.parse(budget)  # type: ignore[arg-type]
     if isinstance(spend, Budget):
         spend.require_token_unit()

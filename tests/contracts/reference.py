@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from tiny_parts import IMAGE, VIDEO
 from torch import nn
 
 Calls = list[dict[str, Any]]
@@ -214,7 +215,7 @@ def greedy(row: Row, count: int, penalty: float = 1.0, seen: Sequence[int] = ())
 
     Args:
         row: The compacted prompt.
-        count: Tokens to generate; placeholders are never among them.
+        count: Tokens to generate; placeholders of no kind are ever among them, as in ``patched.SAMPLE``.
         penalty: Repetition penalty.
         seen: Token ids the penalty counts as seen, those of the caller's prompt.
     """
@@ -224,7 +225,7 @@ def greedy(row: Row, count: int, penalty: float = 1.0, seen: Sequence[int] = ())
         if penalty != 1.0:
             known = torch.tensor(sorted({*seen, *tokens}))
             logits[known] = torch.where(logits[known] < 0, logits[known] * penalty, logits[known] / penalty)
-        logits[placeholders(row.model)] = -torch.inf
+        logits[[IMAGE, VIDEO]] = -torch.inf
         tokens.append(int(logits.argmax()))
     return tokens
 

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from tiny_parts import row_inputs
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vlm_budget
 
 from .conftest import BUDGET, Case, case
-from .patched import TOLERANCE, generate, unpatched_or_skip
+from .patched import DECODED, TOLERANCE, forward, generate, unpatched_or_skip
+from .reference import rows
 
 METHODS = vlm_budget.list_methods()
 FLASH = "flash_attention_2"
@@ -60,6 +61,19 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, FLASH, flash_stand_in)
 
 
+def flash_or_skip(known: Case) -> None:
+    """Switch to flash; it cannot do prefix or blockwise masks, which PaliGemma and Gemma 3 would need."""
+    tiny = known.tiny
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return tiny.model(**tiny.clone()).logits[tiny.inputs["attention_mask"].bool()]
+
+    want = logits()
+    use_flash(tiny.model)
+    unpatched_or_skip(lambda: torch.testing.assert_close(logits(), want, **DECODED), None, "flash attention")
+
+
 def test_eager(generating_case: Case) -> None:
     generating_case.tiny.model.set_attn_implementation("eager")
     with generating_case.patch():
@@ -67,15 +81,34 @@ def test_eager(generating_case: Case) -> None:
 
 
 def test_two_dimensional_masks(generating_case: Case, flash: None) -> None:
-    tiny = generating_case.tiny
+    flash_or_skip(generating_case)
+    with generating_case.patch():
+        assert generate(generating_case.tiny.model, generating_case.tiny.clone()) == generating_case.pruned
+
+
+def test_dropping_with_two_dimensional_masks_equals_the_reference_on_the_same_backend(any_case: Case, flash: None) -> None:
+    tiny = any_case.tiny
     use_flash(tiny.model)
-    unpatched_or_skip(lambda: generate(tiny.model, tiny.clone()), generating_case.unpruned, "flash attention")
+    full = rows(tiny.model, tiny.clone())
+    with any_case.patch() as handle:
+        found = forward(handle, tiny.clone(), full)
+    for row, columns, logits in zip(full, found.columns, found.logits, strict=True):
+        want = row.compact(columns, packed=not row.multi_axis).logits()
+        torch.testing.assert_close(logits[columns], want, **TOLERANCE)
+
+
+def test_beams_on_two_dimensional_masks(generating_case: Case, flash: None) -> None:
+    tiny = generating_case.tiny
+
+    def beams() -> list[list[int]]:
+        return generate(tiny.model, row_inputs(tiny, 1), num_beams=2)
+
+    unpatched_or_skip(beams, None, "beams")
     with generating_case.patch():
-        assert generate(tiny.model, tiny.clone()) == generating_case.pruned
-        beams = generate(tiny.model, tiny.clone(), num_beams=2)
-    tiny.model.set_attn_implementation("sdpa")
+        expected = beams()
+    flash_or_skip(generating_case)
     with generating_case.patch():
-        assert generate(tiny.model, tiny.clone(), num_beams=2) == beams
+        assert beams() == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -165,4 +198,3 @@ def test_half_precision(llava_case: Case, method: str) -> None:
             logits = model(**inputs).logits
     assert logits.dtype == torch.bfloat16
     assert logits[tiny.inputs["attention_mask"].bool()].isfinite().all()
-    assert transformers.__version__

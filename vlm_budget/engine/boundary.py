@@ -328,7 +328,8 @@ class Boundary:
             return new, None, None
 
         keep, embeds = self._kept_columns(selection, visual, embeds)
-        compaction, tail = self._compaction(selection, keep & valid, valid, length)
+        since = past if earlier is None else earlier.tail.to(device) + past - earlier.virtual_length
+        compaction, tail = self._compaction(selection, keep & valid, valid, since)
         # Padding slots keep a dropped token's embedding: StaticCache counts its non-zero keys up to transformers 4.x.
         new["inputs_embeds"] = compaction.take(embeds)
         new["position_ids"], shift = self._new_positions(positions, compaction, valid, shift)
@@ -357,11 +358,12 @@ class Boundary:
         return keep, embeds
 
     def _compaction(
-        self, selection: PromptSelection, keep: torch.Tensor, valid: torch.Tensor, length: int
+        self, selection: PromptSelection, keep: torch.Tensor, valid: torch.Tensor, since: int | torch.Tensor
     ) -> tuple[Compaction, torch.Tensor]:
-        dropped = valid & ~keep
-        column = torch.arange(1, length + 1, device=keep.device)
-        tail = length - (dropped * column).max()
+        """The compaction, and the columns since the last dropped one; ``since`` are those before this call."""
+        length = keep.shape[1]
+        last = ((valid & ~keep) * torch.arange(1, length + 1, device=keep.device)).max()
+        tail = torch.where(last > 0, length - last, length + since)
         right_padded = ~valid[:, -1].all()
         # The only host sync of a prefill: the compacted length, with all else the host must know.
         facts = torch.cat([keep.sum(1).max()[None], right_padded[None].long(), selection.kept.to(keep.device)]).tolist()

@@ -94,8 +94,12 @@ def compact_square(mask: Any, compaction: Compaction, static: bool, past: Past |
 
 
 def is_square(mask: Any) -> bool:
-    """Whether the outer model built the mask itself (4-D, per layer type, or a block mask)."""
-    return mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)
+    """Whether the outer model built the mask itself (4-D or a block mask, alone or for some layer type).
+
+    Flash attention's 2-D masks need no gathering, also one per layer type: the language model makes them anew.
+    """
+    masks = mask.values() if isinstance(mask, dict) else [mask]
+    return any(m is not None and not (isinstance(m, torch.Tensor) and m.ndim == 2) for m in masks)
 
 
 def _is_4d(mask: Any) -> bool:

@@ -16,7 +16,7 @@ from .engine.account import Account
 from .engine.boundary import Boundary
 from .engine.selection import make_plan
 from .engine.taps import Tap
-from .errors import BudgetError, LayoutError, PatchError, UnknownNameError, UnsupportedModelError
+from .errors import BudgetError, LayoutError, PatchError, PlanError, UnknownNameError, UnsupportedModelError
 from .families.base import Family
 from .layout import Modality, VisualItem, VisualLayout, group_rows
 from .plan import Plan

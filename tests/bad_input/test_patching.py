@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fingerprint import changes, fingerprint
-from tiny_models import SETUPS, build
-from tiny_parts import Tiny
 from torch import nn
 
 import vlm_budget
+from fingerprint import changes, fingerprint
+from tiny_models import SETUPS, build
+from tiny_parts import Tiny
 from vlm_budget import (
     BudgetError,
     PatchError,
@@ -47,11 +47,13 @@ def refused(tiny: Tiny, call: Callable[[], Any], error: type[Exception], *words:
     return message
 
 
-# --- models ------------------------------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_unsupported_model_class_lists_the_supported() -> None:
-    config = transformers.LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    config = transformers.LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9
+    )
     model = transformers.LlamaForCausalLM(config)
     before = fingerprint(model)
     with pytest.raises(UnsupportedModelError) as caught:
@@ -75,7 +77,7 @@ def test_a_plain_module() -> None:
         vlm_budget.patch(nn.Linear(2, 2), "hired", 0.2)
 
 
-# --- methods -----------------------------------------------------------------------------------------------------------
+# --- methods ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,11 @@ def test_options_beside_an_instance(llava: Tiny) -> None:
     from vlm_budget.pruners.hired import HiRED
 
     refused(
-        llava, lambda: vlm_budget.patch(llava.model, HiRED(), 0.2, alpha=0.3), PatchError, "alpha", "configure the instance"
+        llava,
+        lambda: vlm_budget.patch(llava.model, HiRED(), 0.2, alpha=0.3),
+        PatchError,
+        "alpha",
+        "configure the instance",
     )
 
 
@@ -139,7 +145,15 @@ def test_a_vision_layer_that_does_not_exist(name: str, option: str, layer: int) 
 
 
 @pytest.mark.parametrize(
-    "options", [{"alpha": 1.5}, {"alpha": float("nan")}, {"content": "guess"}, {"newline": "keep"}, {"positions": "none"}]
+    "options",
+    [
+        {"alpha": 1.5},
+        {"alpha": float("nan")},
+        {"content": "guess"},
+        {"count_top": 0},
+        {"newline": "keep"},
+        {"positions": "none"},
+    ],
 )
 def test_an_option_out_of_range_names_it(llava: Tiny, options: dict[str, Any]) -> None:
     before = fingerprint(llava.model)
@@ -148,7 +162,7 @@ def test_an_option_out_of_range_names_it(llava: Tiny, options: dict[str, Any]) -
     assert changes(before, fingerprint(llava.model)) == []
 
 
-# --- budgets -----------------------------------------------------------------------------------------------------------
+# --- budgets ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", [0, 0.0, -1, -0.2, "0", "0%", "-5 tokens", "-20%"])
@@ -168,16 +182,39 @@ def test_more_than_everything(llava: Tiny, budget: Any, instead: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "budget", [True, False, "5 bananas", "", "   ", "many", "20 %%", "1 2", [0.2], {"ratio": 0.2}, b"0.2", 1j, "0.5 tokens"]
+    "budget",
+    [
+        True,
+        False,
+        "5 bananas",
+        "a fifth",
+        "",
+        "   ",
+        "many",
+        "20 %%",
+        "1 2",
+        [0.2],
+        {"ratio": 0.2},
+        b"0.2",
+        1j,
+        "0.5 tokens",
+    ],
 )
 def test_not_a_budget(llava: Tiny, budget: Any) -> None:
     refused(llava, lambda: vlm_budget.patch(llava.model, "hired", budget), BudgetError)
 
 
-@pytest.mark.parametrize("budget", ["40% flops", "3 TFLOPs", "80 ms", "0.5 s", "200 MB kv", "200 MB", "50% kv", "30% time"])
+@pytest.mark.parametrize(
+    "budget", ["40% flops", "3 TFLOPs", "80 ms", "0.5 s", "200 MB kv", "200 MB", "50% kv", "30% time"]
+)
 def test_units_that_need_a_cost_model(llava: Tiny, budget: str) -> None:
     refused(
-        llava, lambda: vlm_budget.patch(llava.model, "hired", budget), BudgetError, "not yet supported", "cost model", "0.2"
+        llava,
+        lambda: vlm_budget.patch(llava.model, "hired", budget),
+        BudgetError,
+        "not yet supported",
+        "cost model",
+        "0.2",
     )
 
 
@@ -191,7 +228,7 @@ def test_a_plan_of_the_wrong_type(llava: Tiny, plan: Any) -> None:
     refused(llava, lambda: vlm_budget.patch(llava.model, "hired", plan=plan), PlanError, type(plan).__name__, "Plan")
 
 
-# --- positions ---------------------------------------------------------------------------------------------------------
+# --- positions --------------------------------------------------------------------------------------------------------
 
 MROPE = [name for name in SETUPS if name.startswith("qwen")]
 
@@ -217,7 +254,7 @@ def test_positions_that_do_not_exist(llava: Tiny) -> None:
     )
 
 
-# --- undoing -----------------------------------------------------------------------------------------------------------
+# --- undoing ----------------------------------------------------------------------------------------------------------
 
 
 def test_unpatching_an_unpatched_model(llava: Tiny) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+
+import vlm_budget
 from fingerprint import changes, fingerprint
 from tiny_models import SETUPS, build
 from tiny_parts import Tiny, row_inputs
-
-import vlm_budget
-from vlm_budget import BudgetError, LayoutError, Plan, PlanError
+from vlm_budget import BudgetError, LayoutError, PatchError, Plan, PlanError
 from vlm_budget.plan import ItemPlan
 
 NAMES = [name for name in SETUPS if not name.endswith("right_padded")]
@@ -103,7 +103,9 @@ def test_newlines_that_leave_no_room_for_a_patch(name: str) -> None:
     inputs = row_inputs(tiny, 1)
     before = fingerprint(tiny.model)
     with vlm_budget.patch(tiny.model, "uniform", 3, newline="keep_all"):
-        with pytest.raises(BudgetError, match=r"newline='keep_all' keeps (\d+) row separators.*newline='drop'") as caught:
+        with pytest.raises(
+            BudgetError, match=r"newline='keep_all' keeps (\d+) row separators.*newline='drop'"
+        ) as caught:
             run(tiny, inputs)
         feasible = int(str(caught.value).split("nearest feasible count is ")[1].split(";")[0])
     with vlm_budget.patch(tiny.model, "uniform", feasible, newline="keep_all") as handle:
@@ -134,6 +136,17 @@ def test_a_plan_with_a_row_that_does_not_exist(llava: Tiny) -> None:
         plan = Plan("Uniform()", "25%", items, 1)
         with vlm_budget.patch(llava.model, "uniform", plan=plan):
             run(llava, row_inputs(llava, 1))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 1}', '{"version": 9, "items": []}'])
+def test_text_that_is_no_plan(text: str) -> None:
+    with pytest.raises(PlanError):
+        Plan.from_json(text)
+
+
+def test_a_report_before_any_prompt(llava: Tiny) -> None:
+    with vlm_budget.patch(llava.model, "hired", 0.2) as handle, pytest.raises(PatchError, match="no prompt"):
+        handle.report()
 
 
 def test_prompts_and_pixels_that_do_not_fit(llava: Tiny) -> None:

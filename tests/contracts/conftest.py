@@ -65,9 +65,7 @@ def expected(name: str) -> Case:
 def case(name: str) -> Case:
     """What is expected, with a fresh model."""
     known = expected(name)
-    return Case(
-        tiny_models.build(name), known.full, known.prefill, known.compact, known.unpruned, known.pruned
-    )
+    return Case(tiny_models.build(name), known.full, known.prefill, known.compact, known.unpruned, known.pruned)
 
 
 @pytest.fixture(params=list(tiny_models.SETUPS))

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tiny_parts import IMAGE, VIDEO
 from torch import nn
+
+from tiny_parts import IMAGE, VIDEO
 
 Calls = list[dict[str, Any]]
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_parts import row_inputs
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vlm_budget
+from tiny_parts import row_inputs
 
 from .conftest import BUDGET, Case, case
 from .patched import DECODED, TOLERANCE, forward, generate, unpatched_or_skip
@@ -86,7 +86,9 @@ def test_two_dimensional_masks(generating_case: Case, flash: None) -> None:
         assert generate(generating_case.tiny.model, generating_case.tiny.clone()) == generating_case.pruned
 
 
-def test_dropping_with_two_dimensional_masks_equals_the_reference_on_the_same_backend(any_case: Case, flash: None) -> None:
+def test_dropping_with_two_dimensional_masks_equals_the_reference_on_the_same_backend(
+    any_case: Case, flash: None
+) -> None:
     tiny = any_case.tiny
     use_flash(tiny.model)
     full = rows(tiny.model, tiny.clone())

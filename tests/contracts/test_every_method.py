@@ -109,7 +109,9 @@ def test_the_cache_holds_what_was_kept(generating: Tiny, method: str) -> None:
     cache = output.past_key_values
     assert {layer.keys.shape[2] for layer in cache.layers} == {longest + steps}
     assert cache.get_seq_length() == tiny.inputs["input_ids"].shape[1] + steps
-    per_column = sum(2 * layer.keys.numel() // layer.keys.shape[2] * layer.keys.element_size() for layer in cache.layers)
+    per_column = sum(
+        2 * layer.keys.numel() // layer.keys.shape[2] * layer.keys.element_size() for layer in cache.layers
+    )
     assert report.kv_bytes == longest * per_column
     assert report.kv_bytes_unpruned == tiny.inputs["input_ids"].shape[1] * per_column
     assert report.decode_steps == steps

@@ -48,7 +48,9 @@ def text_only(tiny: Tiny) -> dict[str, torch.Tensor]:
     """A batch of two ragged prompts without pictures."""
     ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
     inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
-    return inputs | {name: torch.zeros_like(ids) for name in ("mm_token_type_ids", "token_type_ids") if name in tiny.inputs}
+    return inputs | {
+        name: torch.zeros_like(ids) for name in ("mm_token_type_ids", "token_type_ids") if name in tiny.inputs
+    }
 
 
 def test_a_text_only_prompt_runs_unpruned(generating_case: Case) -> None:
@@ -103,7 +105,9 @@ def without_pixels(tiny: Tiny) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("chunk", [None, 16])
 @pytest.mark.parametrize("beams", [1, 2])
-def test_features_encoded_before_the_call_keep_their_scores(generating_case: Case, beams: int, chunk: int | None) -> None:
+def test_features_encoded_before_the_call_keep_their_scores(
+    generating_case: Case, beams: int, chunk: int | None
+) -> None:
     tiny = generating_case.tiny
     options = {"num_beams": beams} | ({} if chunk is None else {"prefill_chunk_size": chunk})
 

@@ -87,7 +87,7 @@ def test_a_method_the_user_replaced_on_the_instance_is_called_and_stays(llava_ca
     assert tiny.model.generate is mine
 
 
-# --- exceptions --------------------------------------------------------------------------------------------------------
+# --- exceptions ------------------------------------------------------------------------------------------------------
 
 
 class Thrown(Exception):
@@ -98,7 +98,9 @@ def vision_layer(model: Any) -> nn.Module:
     """A layer somewhere in the vision tower."""
     base = model.model
     tower = next(getattr(base, name) for name in ("vision_tower", "vision_model", "visual") if hasattr(base, name))
-    return next(module for name, module in tower.named_modules() if name.endswith(".1") and len(list(module.children())) > 2)
+    return next(
+        module for name, module in tower.named_modules() if name.endswith(".1") and len(list(module.children())) > 2
+    )
 
 
 def decoder_layer(model: Any) -> nn.Module:
@@ -196,7 +198,7 @@ def test_a_failure_while_patching_rolls_back(llava_case: Case, failing: int, mon
     assert generate(tiny.model, tiny.clone()) == llava_case.unpruned
 
 
-# --- replacing ---------------------------------------------------------------------------------------------------------
+# --- replacing -------------------------------------------------------------------------------------------------------
 
 
 def test_patching_twice_replaces_and_undo_restores_the_unpatched_model(generating_case: Case) -> None:
@@ -251,7 +253,7 @@ def test_two_models_patched_differently_at_once() -> None:
     assert generate(llava.tiny.model, llava.tiny.clone()) == llava.unpruned
 
 
-# --- copies ------------------------------------------------------------------------------------------------------------
+# --- copies ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_deepcopy_is_patched_by_an_owner_of_its_own(generating_case: Case) -> None:
@@ -327,7 +329,7 @@ def test_a_patched_model_that_is_dropped_is_freed() -> None:
     assert gone() is None
 
 
-# --- saving ------------------------------------------------------------------------------------------------------------
+# --- saving ----------------------------------------------------------------------------------------------------------
 
 
 def test_save_pretrained_saves_the_unpatched_model(generating_case: Case, tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build
-from tiny_parts import Tiny
 
 import vlm_budget
+from tiny_models import build
+from tiny_parts import Tiny
 from vlm_budget import Pruner, Selection, SelectionError
 from vlm_budget.pruner import Context
 
@@ -134,7 +134,7 @@ def test_a_token_kept_twice_is_caught(llava: Tiny) -> None:
         generate(llava.model, llava.clone())
 
 
-# --- newlines ----------------------------------------------------------------------------------------------------------
+# --- newlines --------------------------------------------------------------------------------------------------------
 
 NEWLINES = ["llava_next", "llava_next_video_image", "llava_onevision", "llava_onevision_multi"]
 

@@ -74,7 +74,9 @@ def test_a_third_turn(llava_case: Case) -> None:
         last = conversation(tiny.inputs, second.sequences, [40, 41])
         found = generate(tiny.model, last, past_key_values=second.past_key_values)
     tokens = second.sequences[:, tiny.inputs["input_ids"].shape[1] :].tolist()
-    assert found == [greedy(row.then([*part, 40, 41]), TOKENS) for row, part in zip(llava_case.compact, tokens, strict=True)]
+    assert found == [
+        greedy(row.then([*part, 40, 41]), TOKENS) for row, part in zip(llava_case.compact, tokens, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("carry", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
@@ -131,7 +133,7 @@ def test_forwards_with_a_cache_decode_like_generate(generating_case: Case) -> No
         assert stepwise(tiny.model, tiny.clone()) == generating_case.pruned
 
 
-# --- a new picture on the pruned cache ---------------------------------------------------------------------------------
+# --- a new picture on the pruned cache -------------------------------------------------------------------------------
 
 
 def with_new_picture(tiny: Tiny, first: Any, row: int) -> tuple[dict[str, Any], int]:
@@ -159,7 +161,9 @@ def chunk_of(inputs: dict[str, Any], past: int) -> dict[str, Any]:
     return chunk
 
 
-def grown_row(before: Row, call: dict[str, Any], columns: list[int] | None, tokens: list[int], visual: torch.Tensor) -> Row:
+def grown_row(
+    before: Row, call: dict[str, Any], columns: list[int] | None, tokens: list[int], visual: torch.Tensor
+) -> Row:
     """The first turn's row, the generated tokens, and the columns kept of the chunk in a recorded, unpruned call."""
     row = before.then(tokens[:-1])
     embeds = call["inputs_embeds"][0]
@@ -228,7 +232,9 @@ def test_a_new_picture_on_the_pruned_cache(name: str, row: int) -> None:
         return first, calls[0], output.logits[0]
 
     unpatched: dict[str, Any] = {}
-    unpatched_or_skip(lambda: unpatched.update(zip(("first", "call", "logits"), turn(), strict=True)), None, "pictures on a cache")
+    unpatched_or_skip(
+        lambda: unpatched.update(zip(("first", "call", "logits"), turn(), strict=True)), None, "pictures on a cache"
+    )
     first, call = unpatched["first"], unpatched["call"]
     start = inputs["input_ids"].shape[1]
     tokens = first.sequences[0, start:].tolist()
@@ -294,7 +300,7 @@ def forwards_with_new_picture(tiny: Tiny) -> list[list[int]]:
     return stepwise(tiny.model, chunk_of(later, past) | {"past_key_values": first.past_key_values})
 
 
-# --- the end of a patch ------------------------------------------------------------------------------------------------
+# --- the end of a patch ----------------------------------------------------------------------------------------------
 
 
 def test_a_pruned_cache_is_refused_after_undo(generating_case: Case) -> None:
@@ -344,7 +350,7 @@ def test_cropping_into_dropped_tokens_is_refused(llava_case: Case) -> None:
         assert cache.get_seq_length() == length
 
 
-# --- assisted decoding -------------------------------------------------------------------------------------------------
+# --- assisted decoding -----------------------------------------------------------------------------------------------
 
 
 def predictable(decoder: Any) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny_parts import Tiny
 from torch.nn.functional import cross_entropy
+
+from tiny_parts import Tiny
 
 from .conftest import Case
 from .patched import forward
@@ -55,7 +56,9 @@ def check_against_compacted(case: Case, inputs: dict[str, torch.Tensor]) -> None
         columns = forward(handle, inputs, full, use_cache=False).columns
         loss = model(**inputs, use_cache=False).loss
         loss.backward()
-    reached = [name for name, p in model.model.named_parameters() if "language_model" not in name and p.grad is not None]
+    reached = [
+        name for name, p in model.model.named_parameters() if "language_model" not in name and p.grad is not None
+    ]
     found = decoder_gradients(model)
     compact = [row.compact(kept, packed) for row, kept in zip(full, columns, strict=True)]
     want = compacted_loss(tiny, compact, columns, inputs["labels"])

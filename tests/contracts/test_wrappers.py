@@ -14,13 +14,13 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tiny_models import build
-from tiny_parts import FLOOR, IMAGE, SIDE, Tiny, row_inputs
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import vlm_budget
+from tiny_models import build
+from tiny_parts import FLOOR, IMAGE, SIDE, Tiny, row_inputs
 
 from .conftest import BUDGET, METHOD, Case
 from .patched import generate, unpatched_or_skip
@@ -28,7 +28,7 @@ from .reference import language_model
 
 METHODS = vlm_budget.list_methods()
 
-# --- PEFT --------------------------------------------------------------------------------------------------------------
+# --- PEFT ------------------------------------------------------------------------------------------------------------
 
 
 def lora(model: Any) -> Any:
@@ -75,7 +75,7 @@ def test_adapters_train_under_a_patch(llava_case: Case) -> None:
     assert gradients and all(g is not None and g.isfinite().all() and g.abs().sum() > 0 for g in gradients)
 
 
-# --- accelerate --------------------------------------------------------------------------------------------------------
+# --- accelerate ------------------------------------------------------------------------------------------------------
 
 
 def to_cpu(model: Any, folder: Path) -> Any:
@@ -122,7 +122,7 @@ def test_offloaded_weights(generating_case: Case, offload: Callable[[Any, Path],
     assert generate(after, tiny.clone()) == generating_case.unpruned
 
 
-# --- pipeline ----------------------------------------------------------------------------------------------------------
+# --- pipeline --------------------------------------------------------------------------------------------------------
 
 
 def pipeline(model: Any) -> Any:
@@ -170,7 +170,7 @@ def test_pipeline(llava: Tiny) -> None:
     assert run(2) == before
 
 
-# --- threads -----------------------------------------------------------------------------------------------------------
+# --- threads ---------------------------------------------------------------------------------------------------------
 
 
 def prompts(tiny: Tiny) -> list[dict[str, torch.Tensor]]:

@@ -80,8 +80,8 @@ def compact_square(mask: Any, compaction: Compaction, static: bool, past: Past |
     if mask.shape[3] < start + compaction.length:
         way_out = "Use the default dynamic cache." if static else "Start from a new cache."
         raise PatchError(
-            f"a {'static ' if static else ''}sliding-window cache of {mask.shape[3]} columns is shorter than the prompt "
-            f"of {start + compaction.length}, and cannot be pruned. {way_out}"
+            f"a {'static ' if static else ''}sliding-window cache of {mask.shape[3]} columns is shorter than the "
+            f"prompt of {start + compaction.length}, and cannot be pruned. {way_out}"
         )
     batch, slots = compaction.index.shape
     index, kept = compaction.index.to(mask.device), kept.to(mask.device)

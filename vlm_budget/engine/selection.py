@@ -74,8 +74,8 @@ def seen_rows(observations: Sequence[Observation], counts: Mapping[Modality, Seq
         if grouped is None:
             raise LayoutError(
                 f"the prompts hold {list(counts[seen.modality])} {seen.modality} tokens, the encoder produced items of "
-                f"{[item.size for item in seen.items]}: they do not fit together. Pass pixel inputs and prompts made by "
-                "one processor call, and features encoded by this patched model."
+                f"{[item.size for item in seen.items]}: they do not fit together. Pass pixel inputs and prompts made "
+                "by one processor call, and features encoded by this patched model."
             )
         index = 0
         for row, items in zip(rows, grouped, strict=True):

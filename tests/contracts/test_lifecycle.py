@@ -349,7 +349,7 @@ def test_save_pretrained_saves_the_unpatched_model(generating_case: Case, tmp_pa
 
 def test_torch_save_keeps_the_patch(generating_case: Case) -> None:
     used = generating_case.tiny.model
-    # A forward of a model of transformers 5.x may leave recording hooks that cannot be pickled: take one that never ran.
+    # A forward of transformers 5.x may leave recording hooks that cannot be pickled: take a model that never ran.
     model = type(used)(used.config).eval()
     model.load_state_dict(used.state_dict())
     model.generation_config = used.generation_config

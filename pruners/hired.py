@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -61,6 +62,12 @@ class HiRED(Pruner):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, Real):
+            raise OptionError(f"alpha must be a number in [0, 1], got {self.alpha!r}")
+        for name in ("init_layer", "final_layer", "count_top"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | None):
+                raise OptionError(f"{name} must be an int, got {value!r}")
         if not 0 <= self.alpha <= 1:
             raise OptionError(f"alpha must lie in [0, 1], got {self.alpha}")
         if self.content not in ("mass", "count"):
@@ -76,13 +83,22 @@ class HiRED(Pruner):
         return (saliency(tower, self.init_layer), saliency(tower, final))
 
     def tokens(self, budget: Budget, items: Sequence[VisualItem]) -> int:
-        """Tokens of a prompt; with ``budget_base="padded"`` the floor of rate x all grid tokens, per item."""
+        """Tokens of a prompt; with ``budget_base="padded"`` the sum of its items' padded shares."""
         if self.budget_base == "valid" or budget.unit != "ratio":
             return super().tokens(budget, items)
-        grids = [sum(grid.rows * grid.cols for grid in item.partitions) for item in items]
-        wanted = [min(math.floor(budget.amount * padded), item.size) for padded, item in zip(grids, items, strict=True)]
         total = sum(item.size for item in items)
-        return Budget(float(max(sum(wanted), 1)), "tokens", relative=False).tokens(total, len(items))
+        wanted = sum(self._padded(budget, items))
+        return Budget(float(max(wanted, 1)), "tokens", relative=False).tokens(total, len(items))
+
+    def shares(self, budget: Budget, items: Sequence[VisualItem]) -> list[int]:
+        """Tokens per item; with ``budget_base="padded"`` the floor of rate x all grid tokens of each."""
+        if self.budget_base == "valid" or budget.unit != "ratio" or min(self._padded(budget, items)) < 1:
+            return super().shares(budget, items)
+        return self._padded(budget, items)
+
+    def _padded(self, budget: Budget, items: Sequence[VisualItem]) -> list[int]:
+        grids = [sum(grid.rows * grid.cols for grid in item.partitions) for item in items]
+        return [min(math.floor(budget.amount * grid), item.size) for grid, item in zip(grids, items, strict=True)]
 
     def pick(self, ctx: Context, k: int) -> torch.Tensor:
         """Split ``k`` over the partitions, then take each partition's most attended patches."""

@@ -65,7 +65,16 @@ class PatchHandle:
         self.undo()
 
     def undo(self) -> None:
-        """Take the patch away; the model is exactly what it was: the same hooks, attributes and objects."""
+        """Take the patch away; the model is exactly what it was: the same hooks, attributes and objects.
+
+        Raises:
+            PatchError: Another thread is inside the patched language model; wait for it.
+        """
+        if self._undo and self._boundary.running.others():
+            raise PatchError(
+                f"{self._boundary.running.others()} other thread(s) are running the patched model, and would go on "
+                "half patched. Wait for them before undoing or patching anew."
+            )
         while self._undo:
             self._undo.pop()()
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
+from .allocate import split
 from .errors import BudgetError, OptionError, SelectionError
 
 if TYPE_CHECKING:
@@ -144,6 +145,11 @@ class Pruner:
     def tokens(self, budget: Budget, items: Sequence[VisualItem]) -> int:
         """How many tokens a prompt may keep. Ratios are of its unpruned visual tokens."""
         return budget.tokens(sum(item.size for item in items), len(items))
+
+    def shares(self, budget: Budget, items: Sequence[VisualItem]) -> list[int]:
+        """Tokens per item of a prompt, summing to :meth:`tokens`: in proportion to size, at least one each."""
+        sizes = [item.size for item in items]
+        return split(self.tokens(budget, items), sizes, sizes, [1] * len(sizes))
 
     def select(self, ctx: Context, k: int) -> Selection:
         """Choose exactly ``k`` tokens of the item, newline policy included.

@@ -74,7 +74,7 @@ class Report:
 
     @property
     def text_only(self) -> bool:
-        """The prompt had no visual tokens and ran unpruned."""
+        """The prompt brought no visual tokens of its own, so nothing was dropped from it."""
         return not self.plan.items
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,7 +97,11 @@ class Report:
         return table
 
     def _rows(self) -> list[tuple[str, str]]:
-        rows = [("visual tokens", "none: text-only prompt, ran unpruned")] if self.text_only else []
+        pruned_before = self.kv_bytes != self.kv_bytes_unpruned
+        why = (
+            "none new: a text-only turn on a pruned cache" if pruned_before else "none: text-only prompt, ran unpruned"
+        )
+        rows = [("visual tokens", why)] if self.text_only else []
         for item in self.plan.items:
             rows.append((f"prompt {item.row}, {item.modality}", f"{item.keep} of {item.total} tokens"))
         decode = "-" if self.decode_ms_per_token is None else f"{self.decode_ms_per_token:.2f} ms per token"

@@ -8,6 +8,7 @@ import torch
 import vlm_budget
 from tiny_models import Tiny, row_inputs
 
+from .conftest import Case
 from .patched import SAMPLE, TOLERANCE, forward, generate, kept_per_row
 from .reference import greedy, rows
 
@@ -42,8 +43,8 @@ def test_keeping_every_token_by_number_is_bit_identical_too(llava: Tiny, method:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_dropping_equals_the_hand_compacted_reference(tiny: Tiny, method: str) -> None:
-    full = rows(tiny.model, tiny.clone())
+def test_dropping_equals_the_hand_compacted_reference(any_case: Case, method: str) -> None:
+    tiny, full = any_case.tiny, any_case.full
     right = not bool(tiny.inputs["attention_mask"][:, -1].all())
     for mode in position_modes(full[0].multi_axis):
         packed = mode == "packed"
@@ -58,8 +59,8 @@ def test_dropping_equals_the_hand_compacted_reference(tiny: Tiny, method: str) -
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_counts_promised_are_counts_kept_and_text_stays_in_order(tiny: Tiny, method: str) -> None:
-    full = rows(tiny.model, tiny.clone())
+def test_counts_promised_are_counts_kept_and_text_stays_in_order(any_case: Case, method: str) -> None:
+    tiny, full = any_case.tiny, any_case.full
     with vlm_budget.patch(tiny.model, method, BUDGET) as handle:
         promised = handle.plan(**tiny.clone())
         prefill = forward(handle, tiny.clone(), full)
@@ -75,8 +76,8 @@ def test_counts_promised_are_counts_kept_and_text_stays_in_order(tiny: Tiny, met
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_dropped_columns_repeat_the_last_kept_one(tiny: Tiny, method: str) -> None:
-    full = rows(tiny.model, tiny.clone())
+def test_dropped_columns_repeat_the_last_kept_one(any_case: Case, method: str) -> None:
+    tiny, full = any_case.tiny, any_case.full
     with vlm_budget.patch(tiny.model, method, BUDGET) as handle:
         prefill = forward(handle, tiny.clone(), full)
     for row, columns, logits in zip(full, prefill.columns, prefill.logits, strict=True):
@@ -85,8 +86,8 @@ def test_dropped_columns_repeat_the_last_kept_one(tiny: Tiny, method: str) -> No
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_batch_of_ragged_prompts_equals_single_runs(tiny: Tiny, method: str) -> None:
-    full = rows(tiny.model, tiny.clone())
+def test_batch_of_ragged_prompts_equals_single_runs(any_case: Case, method: str) -> None:
+    tiny, full = any_case.tiny, any_case.full
     # Recorded on their own: the vision tower's rounding depends on how many images it sees at once.
     singles = [rows(tiny.model, row_inputs(tiny, index))[0] for index in range(len(full))]
     with vlm_budget.patch(tiny.model, method, BUDGET) as handle:
@@ -98,9 +99,8 @@ def test_batch_of_ragged_prompts_equals_single_runs(tiny: Tiny, method: str) -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_cache_holds_what_was_kept(generating: Tiny, method: str) -> None:
-    tiny = generating
-    full = rows(tiny.model, tiny.clone())
+def test_the_cache_holds_what_was_kept(generating_case: Case, method: str) -> None:
+    tiny, full = generating_case.tiny, generating_case.full
     with vlm_budget.patch(tiny.model, method, BUDGET) as handle, torch.no_grad():
         output = tiny.model.generate(**tiny.clone(), **SAMPLE, return_dict_in_generate=True)
         report, kept = handle.report(), kept_per_row(handle, len(full))

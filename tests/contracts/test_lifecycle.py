@@ -20,7 +20,7 @@ from tiny_parts import Tiny
 from vlm_budget import PatchError, Plan
 from vlm_budget.engine import boundary
 
-from .conftest import BUDGET, METHOD, Case, case
+from .conftest import BUDGET, EACH_ONCE, METHOD, Case, case, fresh
 from .patched import SAMPLE, generate
 from .reference import language_model
 
@@ -108,12 +108,12 @@ def decoder_layer(model: Any) -> nn.Module:
     return language_model(model).layers[1]
 
 
-@pytest.mark.parametrize("method", vlm_budget.list_methods())
 @pytest.mark.parametrize("place", [vision_layer, decoder_layer])
+@pytest.mark.parametrize(("name", "method"), EACH_ONCE)
 def test_an_exception_inside_a_forward_leaves_the_patch_whole(
-    generating: Tiny, place: Callable[[Any], nn.Module], method: str
+    name: str, method: str, place: Callable[[Any], nn.Module]
 ) -> None:
-    tiny = generating
+    tiny = fresh(name)
     before, own = warm(tiny)
     runs = (lambda: generate(tiny.model, tiny.clone()), lambda: tiny.model(**tiny.clone()))
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 import vlm_budget
-from tiny_models import build
 from tiny_parts import Tiny
 from vlm_budget import Pruner, Selection, SelectionError
 from vlm_budget.pruner import Context
 
-from .conftest import BUDGET, TOKENS, Case
+from .conftest import BUDGET, TOKENS, Case, fresh
 from .patched import TOLERANCE, compacted, forward, generate, kept_per_row
 from .reference import Row, greedy, language_model, recorded, rows
 
@@ -148,7 +147,7 @@ def newline_flags(tiny: Tiny, row: Row) -> torch.Tensor:
 @pytest.mark.parametrize("policy", ["drop", "keep_all", "keep_used_rows"])
 @pytest.mark.parametrize("name", NEWLINES)
 def test_newline_policies(name: str, policy: str, method: str) -> None:
-    tiny = build(name)
+    tiny = fresh(name)
     full = rows(tiny.model, tiny.clone())
     with vlm_budget.patch(tiny.model, method, 0.5, newline=policy) as handle:
         found = forward(handle, tiny.clone(), full)
@@ -179,7 +178,7 @@ def check_used_rows(item: Any, kept: set[int]) -> None:
 
 
 def test_a_whole_budget_of_patches_leaves_the_rest_to_newlines(llava: Tiny) -> None:
-    tiny = build("llava_next")
+    tiny = fresh("llava_next")
     full = rows(tiny.model, tiny.clone())
     with vlm_budget.patch(tiny.model, "uniform", 0.99) as handle:
         found = forward(handle, tiny.clone(), full)

@@ -357,7 +357,7 @@ def predictable(decoder: Any) -> None:
     """Make the next token depend mostly on the last one, so that a drafter is right now and then."""
     for layer in decoder.layers:
         for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
-            weight.data.mul_(0.05)
+            weight.data.mul_(0.02)
 
 
 @pytest.mark.parametrize("drafter", ["prompt lookup", "assistant"])
@@ -365,7 +365,7 @@ def predictable(decoder: Any) -> None:
 def test_assisted_decoding_equals_greedy(name: str, drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = case(name).tiny
     predictable(language_model(tiny.model))
-    long = {"max_new_tokens": 40}
+    long = {"max_new_tokens": 28}
     if drafter == "assistant":
         config = transformers.LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4

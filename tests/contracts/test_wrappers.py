@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,14 +20,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import vlm_budget
-from tiny_models import build
 from tiny_parts import FLOOR, IMAGE, SIDE, Tiny, row_inputs
 
-from .conftest import BUDGET, METHOD, Case
+from .conftest import BUDGET, EACH_ONCE, GENERATING, METHOD, Case, case, fresh
 from .patched import generate, unpatched_or_skip
 from .reference import language_model
-
-METHODS = vlm_budget.list_methods()
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------
 
@@ -90,6 +88,7 @@ def to_disk(model: Any, folder: Path) -> Any:
 
 def mixed(model: Any, folder: Path) -> Any:
     """A device map: two decoder layers and the head on disk, the rest in memory, hooks everywhere."""
+    warnings.filterwarnings("ignore", message="The following device_map keys do not match", category=UserWarning)
     decoder = next(name for name, module in model.named_modules() if module is language_model(model))
     disk = (f"{decoder}.layers.0", f"{decoder}.layers.1", "lm_head")
     places = {}
@@ -103,23 +102,28 @@ def mixed(model: Any, folder: Path) -> Any:
     return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True)
 
 
-@pytest.mark.parametrize("offload", [to_cpu, to_disk, mixed])
-def test_offloaded_weights(generating_case: Case, offload: Callable[[Any, Path], Any], tmp_path: Path) -> None:
-    tiny = generating_case.tiny
+@pytest.mark.parametrize(
+    ("name", "offload"),
+    [(name, mixed) for name in GENERATING]
+    + [(name, how) for name in ("llava", "internvl") for how in (to_cpu, to_disk)],
+)
+def test_offloaded_weights(name: str, offload: Callable[[Any, Path], Any], tmp_path: Path) -> None:
+    known = case(name)
+    tiny = known.tiny
     unpatched_or_skip(
         lambda: generate(offload(copy.deepcopy(tiny.model), tmp_path / "plain"), tiny.clone()),
-        generating_case.unpruned,
+        known.unpruned,
         offload.__name__,
     )
     before = offload(copy.deepcopy(tiny.model), tmp_path / "before")
     with vlm_budget.patch(before, METHOD, BUDGET) as handle:
-        assert generate(before, tiny.clone()) == generating_case.pruned
+        assert generate(before, tiny.clone()) == known.pruned
         assert handle.report().plan == handle.plan(**tiny.clone())
-    assert generate(before, tiny.clone()) == generating_case.unpruned
-    with generating_case.patch():
+    assert generate(before, tiny.clone()) == known.unpruned
+    with known.patch():
         after = offload(tiny.model, tmp_path / "after")
-        assert generate(after, tiny.clone()) == generating_case.pruned
-    assert generate(after, tiny.clone()) == generating_case.unpruned
+        assert generate(after, tiny.clone()) == known.pruned
+    assert generate(after, tiny.clone()) == known.unpruned
 
 
 # --- pipeline --------------------------------------------------------------------------------------------------------
@@ -180,12 +184,12 @@ def prompts(tiny: Tiny) -> list[dict[str, torch.Tensor]]:
     return plain + negative
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_concurrent_calls_do_not_see_each_other(generating_case: Case, method: str) -> None:
-    tiny = generating_case.tiny
+@pytest.mark.parametrize(("name", "method"), EACH_ONCE)
+def test_concurrent_calls_do_not_see_each_other(name: str, method: str) -> None:
+    tiny = fresh(name)
     if FLOOR and tiny.family not in ("llava", "llava_next", "llava_next_video"):
         pytest.skip("4.x keeps state of a call on the model: rope_deltas, and layers' forwards wrapped to record them")
-    work = prompts(tiny) * 3
+    work = prompts(tiny) * 2
     with vlm_budget.patch(tiny.model, method, BUDGET):
         want = [generate(tiny.model, inputs) for inputs in work]
         with ThreadPoolExecutor(4) as pool:
@@ -194,7 +198,7 @@ def test_concurrent_calls_do_not_see_each_other(generating_case: Case, method: s
 
 
 def test_concurrent_calls_of_differently_patched_models() -> None:
-    first, second = build("llava"), build("llava")
+    first, second = fresh("llava"), fresh("llava")
     work = prompts(first)
     with vlm_budget.patch(first.model, "hired", BUDGET), vlm_budget.patch(second.model, "uniform", 0.7):
         jobs = [(model, inputs) for inputs in work for model in (first.model, second.model)] * 3

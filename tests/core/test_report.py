@@ -27,7 +27,12 @@ REPORT = Report(
     kv_bytes_unpruned=7_654_321,
 )
 TEXT_ONLY = replace(
-    REPORT, plan=Plan("m", "20%", (), 1), encode_ms=0.0, decode_steps=0, decode_ms_per_token=None, kv_bytes=0
+    REPORT,
+    plan=Plan("m", "20%", (), 1),
+    encode_ms=0.0,
+    decode_steps=0,
+    decode_ms_per_token=None,
+    kv_bytes=REPORT.kv_bytes_unpruned,
 )
 
 FACTS = [
@@ -74,6 +79,8 @@ def test_a_text_only_prompt_says_that_nothing_was_pruned(show: Callable[[Report]
     assert (TEXT_ONLY.visual_tokens, TEXT_ONLY.kept_tokens, TEXT_ONLY.text_only) == (0, 0, True)
     text = show(TEXT_ONLY)
     assert "none: text-only prompt, ran unpruned" in text and "- (0 steps)" in text and "None" not in text
+    later = show(replace(TEXT_ONLY, kv_bytes=1))
+    assert "ran unpruned" not in later and "pruned cache" in later
 
 
 def test_plain_data_survives_json_and_holds_every_field() -> None:

@@ -21,19 +21,13 @@ from ..layout import Modality, VisualLayout
 from ..plan import Plan
 from ..pruner import Pruner
 from .account import Account
-from .arguments import (
-    full_positions,
-    grow_output,
-    past_columns,
-    renumber_cache_position,
-    shorten_deepstack,
-)
+from .arguments import full_positions, grow_output, past_columns, renumber_cache_position, shorten_deepstack
 from .cache import CacheState, cache_state, set_cache_state
 from .clock import Interval
 from .compact import Compaction, compact, packed_positions
-from .local import CallLocal
+from .local import CallLocal, RunningThreads
 from .masks import compact_square, is_square, new_columns_valid, padding_mask
-from .observe import Observer
+from .observe import Observer, bound_arguments
 from .selection import Observation, PromptSelection, make_plan, seen_rows, select, tie_observation, tied_observations
 
 
@@ -82,6 +76,7 @@ class Boundary:
         needs = () if whole else pruner.needs(family.tower(base))
         self.observer = Observer(base, family, needs)
         self.account: Account | None = None
+        self.running = RunningThreads()
         self._local = CallLocal()
 
     # --- watched methods -------------------------------------------------------------------------------------------
@@ -92,7 +87,10 @@ class Boundary:
         earlier = [getattr(local, name, None) for name in ("counts", "prompts", "prompt_length")]
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         known = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() > 0
-        local.counts = self._count_placeholders(ids) if known else None
+        past = _length(kwargs.get("past_key_values"))
+        # A further turn may bring the whole conversation; what the cache holds is not read again.
+        fresh = ids[:, past:] if known and past < ids.shape[1] else ids
+        local.counts = self._count_placeholders(fresh) if known else None
         local.prompts, local.prompt_length = ids.shape if known else (0, 0)
         # Features given here lose their ties when generate cuts them into chunks.
         local.latest, local.selection = tied_observations(kwargs), None
@@ -136,6 +134,8 @@ class Boundary:
     def before_base(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Find this call's placeholders, if it brings pixels or encoded features."""
         local = self._local
+        if args:
+            kwargs = bound_arguments(module.forward, args, kwargs)
         local.visual, local.outer_mask = {}, kwargs.get("attention_mask")
         tied = tied_observations(kwargs)
         if not self._generating:
@@ -143,7 +143,7 @@ class Boundary:
             if _length(kwargs.get("past_key_values")) == 0:
                 self._open_account()
         local.latest = {**local.latest, **tied}
-        ids = args[0] if args else kwargs.get("input_ids")
+        ids = kwargs.get("input_ids")
         for modality in self.family.given_modalities(kwargs):
             local.visual[modality] = self._placeholders(modality, ids, kwargs.get("inputs_embeds"))
 
@@ -165,6 +165,7 @@ class Boundary:
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         if embeds is None:
             return None
+        self.running.enter()
         earlier = cache_state(cache)
         visual = getattr(local, "visual", {})
         selection = self._selection(visual, cache, embeds) if visual else None
@@ -186,6 +187,7 @@ class Boundary:
         local = self._local
         pending: Pending | None = getattr(local, "pending", None)
         local.pending = None
+        self.running.leave()
         if pending is None:
             return None
         if pending.earlier is not None:
@@ -234,7 +236,7 @@ class Boundary:
                 known.selection.rewind()
             return known.selection
         interval = Interval(embeds.device)
-        rows = seen_rows(observations, counts)
+        rows = seen_rows(observations, counts, self.observer.needs)
         copies = self._copies(len(rows))
         layout = VisualLayout(tuple(tuple(seen.item for seen in row) for row in rows[::copies]))
         plan = self._plan(layout)
@@ -253,6 +255,11 @@ class Boundary:
             raise LayoutError(
                 f"the {modality} features of this call were not encoded by this patched model, so no scores belong to "
                 "them. Encode them with the patched model, or pass pixel inputs."
+            )
+        if any(need not in seen.attention for need in self.observer.needs):
+            raise LayoutError(
+                f"the {modality} features of this call were encoded under another patch, and lack the scores that "
+                f"{self.pruner} needs. Encode them anew, or pass pixel inputs."
             )
         return seen
 
@@ -310,7 +317,7 @@ class Boundary:
         batch, length = embeds.shape[:2]
         device = embeds.device
         past = _length(cache)
-        outer = self._local.outer_mask
+        outer = getattr(self._local, "outer_mask", None)
         valid = (
             new_columns_valid(mask, outer, batch, length, device)
             if past == 0

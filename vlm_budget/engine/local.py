@@ -19,3 +19,29 @@ class CallLocal(threading.local):
 
     def __reduce__(self) -> tuple[type[CallLocal], tuple[()]]:
         return (type(self), ())
+
+
+class RunningThreads:
+    """Which threads are inside the language model. Copies start empty."""
+
+    def __init__(self) -> None:
+        self._idents: set[int] = set()
+
+    def enter(self) -> None:
+        """This thread has begun a call."""
+        self._idents.add(threading.get_ident())
+
+    def leave(self) -> None:
+        """This thread has ended its call."""
+        self._idents.discard(threading.get_ident())
+
+    def others(self) -> int:
+        """How many other live threads are in a call; the mark of an interrupted one fades with its thread."""
+        alive = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+        return len(self._idents & alive)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RunningThreads:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type[RunningThreads], tuple[()]]:
+        return (type(self), ())

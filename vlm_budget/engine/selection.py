@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..allocate import split
 from ..budget import Budget
 from ..errors import LayoutError
 from ..layout import Modality, VisualItem, VisualLayout, group_rows
@@ -58,12 +57,15 @@ class Seen:
     attention: Mapping[Attention, Sequence[torch.Tensor]]
 
 
-def seen_rows(observations: Sequence[Observation], counts: Mapping[Modality, Sequence[int]]) -> list[list[Seen]]:
+def seen_rows(
+    observations: Sequence[Observation], counts: Mapping[Modality, Sequence[int]], needs: Sequence[Attention]
+) -> list[list[Seen]]:
     """Hand observed items to the prompts they stand in: per prompt, images first, then videos.
 
     Args:
         observations: At most one per modality.
         counts: Per modality, the visual tokens of every prompt.
+        needs: The scores the method named, in its order; others are left out.
 
     Raises:
         LayoutError: Placeholders and encoded items do not agree.
@@ -80,14 +82,14 @@ def seen_rows(observations: Sequence[Observation], counts: Mapping[Modality, Seq
         index = 0
         for row, items in zip(rows, grouped, strict=True):
             for item in items:
-                attention = {need: values[index] for need, values in seen.attention.items()}
+                attention = {need: seen.attention[need][index] for need in needs}
                 row.append(Seen(item, seen.features[index], attention))
                 index += 1
     return rows
 
 
 def make_plan(pruner: Pruner, budget: Budget, layout: VisualLayout) -> Plan:
-    """Exact counts: the method's total per prompt, split over its items in proportion to their size.
+    """Exact counts for every item of every prompt, as the method shares its budget out.
 
     Raises:
         BudgetError: The budget cannot be met by some prompt.
@@ -96,11 +98,8 @@ def make_plan(pruner: Pruner, budget: Budget, layout: VisualLayout) -> Plan:
     for row, members in enumerate(layout.rows):
         if not members:
             continue
-        sizes = [item.size for item in members]
-        shares = split(pruner.tokens(budget, members), sizes, sizes, [1] * len(sizes))
-        items += [
-            ItemPlan(row, item.modality, size, share) for item, size, share in zip(members, sizes, shares, strict=True)
-        ]
+        shares = pruner.shares(budget, members)
+        items += [ItemPlan(row, item.modality, item.size, share) for item, share in zip(members, shares, strict=True)]
     return Plan(str(pruner), str(budget), tuple(items), len(layout.rows))
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_parts import Tiny, row_inputs
 
 import vlm_budget
+from tiny_parts import Tiny, row_inputs
 from vlm_budget import PatchError
 
 from .conftest import BUDGET, METHOD, TOKENS, fresh

@@ -28,6 +28,23 @@ _local = CallLocal()
 RowKind = Literal["cls", "received", "last"]
 
 
+class ProbeName(str):
+    """Name of a probed backend that still answers to the name of the backend itself, eager apart.
+
+    Up to transformers 4.x vision towers ask ``== "flash_attention_2"`` to decide whether sequences come packed. Eager
+    is asked for with ``!= "eager"``, to look another function up: there the probe must look different.
+    """
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or (other != "eager" and self.removeprefix(_PREFIX) == other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
 class ProbeConfig:
     """Delegates to a module's real config, and routes the module's attention through :func:`probe_attention`."""
 
@@ -48,7 +65,7 @@ class ProbeConfig:
         # While the real backend runs it must see its own name: flash kernels read the config again.
         if getattr(_local, "inside", False):
             return real
-        name = _PREFIX + str(real)
+        name = ProbeName(_PREFIX + str(real))
         functions = _attention_functions()
         if name not in functions:
             functions.register(name, probe_attention)

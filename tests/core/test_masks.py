@@ -77,7 +77,7 @@ def test_rows_and_columns_of_a_square_mask_follow_the_survivors(
     plan = compact(keep, int(keep.sum(1).max()), right_padded)
     mask = causal((torch.rand(batch, length) < 0.9).int(), dtype)
     blocked = False if dtype == torch.bool else torch.finfo(dtype).min
-    short = compact_square(mask, plan, static=False)
+    short = compact_square(mask, plan)
     assert short.shape == (3, 1, plan.slots, plan.slots) and short.dtype == dtype
     for row in range(3):
         columns = keep[row].nonzero().flatten()
@@ -91,7 +91,7 @@ def test_rows_and_columns_of_a_square_mask_follow_the_survivors(
 def test_without_a_mask_the_survivors_get_a_causal_one(right_padded: bool) -> None:
     keep = torch.tensor([[True, False, True, True], [False, True, False, False]])
     plan = compact(keep, 3, right_padded)
-    assert torch.equal(compact_square(None, plan, static=False), causal(plan.valid))
+    assert torch.equal(compact_square(None, plan), causal(plan.valid))
 
 
 @PADDINGS
@@ -108,7 +108,7 @@ def test_cached_columns_are_gathered_by_where_the_caller_knows_them(right_padded
     keep[:, -1] = True
     plan = compact(keep, int(keep.sum(1).max()), right_padded)
     mask = causal((torch.rand(batch, start + length) < 0.8).int(), dtype)[:, :, start:]
-    short = compact_square(mask, plan, static=False, past=(past_valid, past_columns, start))
+    short = compact_square(mask, plan, past=(past_valid, past_columns, start))
     blocked = False if dtype == torch.bool else torch.finfo(dtype).min
     assert short.shape == (batch, 1, plan.slots, 4 + plan.slots)
     for row in range(batch):
@@ -122,13 +122,20 @@ def test_cached_columns_are_gathered_by_where_the_caller_knows_them(right_padded
 def test_without_a_mask_the_cached_columns_are_all_seen() -> None:
     plan = compact(torch.tensor([[True, False, True]]), 2, right_padded=False)
     past = (torch.tensor([[False, True, True]]), torch.tensor([[0, 1, 4]]), 5)
-    assert compact_square(None, plan, False, past)[0, 0].int().tolist() == [[0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
+    assert compact_square(None, plan, None, past)[0, 0].int().tolist() == [[0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
+
+
+def test_a_full_sliding_window_has_let_go_of_the_first_columns() -> None:
+    plan = compact(torch.tensor([[True, False, True]]), 2, right_padded=False)
+    past = (torch.ones(1, 3, dtype=torch.bool), torch.tensor([[0, 2, 5]]), 6)
+    mask = torch.ones(1, 1, 3, 5, dtype=torch.bool)  # of 6 + 3 columns the first 4 are gone, so column 2 is too
+    assert compact_square(mask, plan, past=past)[0, 0].int().tolist() == [[0, 1, 1, 1]] * 2
 
 
 def test_a_static_cache_keeps_its_spare_columns_blocked() -> None:
     plan = compact(torch.tensor([[True, False, True, False, True]]), 3, right_padded=False)
     mask = torch.cat([causal(torch.ones(1, 5)), torch.ones(1, 1, 5, 3, dtype=torch.bool)], -1)
-    short = compact_square(mask, plan, static=True)
+    short = compact_square(mask, plan, {"full_attention": 8})
     assert short.shape == (1, 1, 3, 8)
     assert torch.equal(short[..., :3], causal(torch.ones(1, 3))) and not short[..., 3:].any()
 
@@ -136,7 +143,7 @@ def test_a_static_cache_keeps_its_spare_columns_blocked() -> None:
 def test_every_mask_in_a_dict_is_compacted() -> None:
     plan = compact(torch.tensor([[True, False, True]]), 2, right_padded=False)
     full, sliding = causal(torch.ones(1, 3)), torch.eye(3, dtype=torch.bool)[None, None]
-    short = compact_square({"full_attention": full, "sliding_attention": sliding}, plan, static=False)
+    short = compact_square({"full_attention": full, "sliding_attention": sliding}, plan)
     assert torch.equal(short["full_attention"], causal(torch.ones(1, 2)))
     assert torch.equal(short["sliding_attention"], torch.eye(2, dtype=torch.bool)[None, None])
 
@@ -144,9 +151,6 @@ def test_every_mask_in_a_dict_is_compacted() -> None:
 def test_masks_that_cannot_be_shortened_are_refused_with_a_way_out() -> None:
     plan = compact(torch.ones(1, 5, dtype=torch.bool), 5, right_padded=False)
     with pytest.raises(PatchError, match="ready-made object.*attn_implementation='sdpa'"):
-        compact_square(object(), plan, static=False)
+        compact_square(object(), plan)
     with pytest.raises(PatchError, match="cache of 3 columns is shorter than the prompt of 5.*default dynamic cache"):
-        compact_square(torch.ones(1, 1, 5, 3, dtype=torch.bool), plan, static=True)
-    with pytest.raises(PatchError, match="cache of 5 columns is shorter than the prompt of 7.*Start from a new cache"):
-        past = (torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.long), 2)
-        compact_square(torch.ones(1, 1, 5, 5, dtype=torch.bool), plan, static=False, past=past)
+        compact_square(torch.ones(1, 1, 5, 3, dtype=torch.bool), plan, {"full_attention": 3})

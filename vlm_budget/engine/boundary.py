@@ -22,7 +22,7 @@ from ..plan import Plan
 from ..pruner import Pruner
 from .account import Account
 from .arguments import full_positions, grow_output, past_columns, renumber_cache_position, shorten_deepstack
-from .cache import CacheState, cache_state, set_cache_state
+from .cache import CacheState, cache_state, set_cache_state, static_widths
 from .clock import Interval
 from .compact import Compaction, compact, packed_positions
 from .local import CallLocal, RunningThreads
@@ -343,9 +343,10 @@ class Boundary:
         shorten_deepstack(new, compaction)
         whole = torch.cat([past_valid, compaction.valid], 1)
         # Never None: without a mask transformers reads gaps in position ids as packed sequences, and blocks attention.
-        static = bool(getattr(cache, "is_compileable", False))
         before = (past_valid, columns, past) if past else None
-        new["attention_mask"] = compact_square(mask, compaction, static, before) if is_square(mask) else whole.long()
+        new["attention_mask"] = (
+            compact_square(mask, compaction, static_widths(cache), before) if is_square(mask) else whole.long()
+        )
         renumber_cache_position(new, past_valid.shape[1], compaction.slots, device)
         columns = torch.cat([columns, past + compaction.index], 1)
         return new, CacheState(past + length - whole.shape[1], whole, columns, shift, tail), compaction

@@ -66,14 +66,21 @@ class VirtualLength:
         state = cache_state(self)
         return length if state is None or state.physical else length + state.delta
 
-    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+    def get_mask_sizes(self, query: Any, layer_idx: int) -> tuple[int, int]:
         """Columns and offset of the mask a layer wants; masks made outside the language model are the caller's."""
-        columns, offset = super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
+        columns, offset = super().get_mask_sizes(query, layer_idx)  # type: ignore[misc]
         state = cache_state(self)
-        # A static cache has its full size already; so has a sliding window that is full.
-        if state is None or state.physical or offset or getattr(self, "is_compileable", False):
+        if state is None or state.physical:
             return columns, offset
-        return columns + state.delta, offset
+        if not getattr(self, "is_compileable", False):
+            # What a full sliding window has let go of is counted in its offset.
+            return (columns, offset + state.delta) if offset else (columns + state.delta, offset)
+        layer = self.layers[layer_idx]  # type: ignore[attr-defined]
+        if not layer.is_sliding:
+            return columns, offset  # a static cache has its full size already
+        new = query if isinstance(query, int) else len(query)  # up to transformers 4.x, cache positions
+        held, window = int(layer.get_seq_length()) + state.delta, layer.max_cache_len
+        return (window - 1 + new, held - window + 1) if held >= window else (max(window, held + new), 0)
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse to grow behind the patch's back."""
@@ -145,6 +152,15 @@ class VirtualLength:
 def cache_state(cache: Any) -> CacheState | None:
     """What was dropped from a cache, or None."""
     return getattr(cache, _STATE, None)
+
+
+def static_widths(cache: Any) -> dict[str, int] | None:
+    """Columns per layer type of a static cache; None for a cache that grows."""
+    if not getattr(cache, "is_compileable", False):
+        return None
+    return {
+        "sliding_attention" if layer.is_sliding else "full_attention": layer.max_cache_len for layer in cache.layers
+    }
 
 
 def set_cache_state(cache: Any, state: CacheState) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,26 +50,33 @@ def first_of(mask: Any) -> Any:
 Past = tuple[torch.Tensor, torch.Tensor, int]
 
 
-def compact_square(mask: Any, compaction: Compaction, static: bool, past: Past | None = None) -> Any:
+def compact_square(
+    mask: Any, compaction: Compaction, widths: Mapping[str, int] | None = None, past: Past | None = None
+) -> Any:
     """Gather rows and columns of a ready-made 4-D mask, or of each mask in a dict.
 
     A static cache has room for more columns than it holds; these stay, blocked.
 
     Args:
-        mask: [B, 1, L, P + L] in the caller's columns.
+        mask: [B, 1, L, P + L] in the caller's columns; the first ones are missing where a sliding window is full.
         compaction: Of the new columns.
-        static: The cache is static.
+        widths: Of a static cache: columns per layer type.
         past: Of the cached columns: [B, p] which hold a token, [B, p] the caller's column of each, and P.
 
     Raises:
-        PatchError: A mask whose rows cannot be gathered: flex attention's block mask, or a full sliding window.
+        PatchError: A mask that cannot be gathered: flex attention's block mask, or a full static sliding window.
     """
     if isinstance(mask, dict):
-        return {kind: compact_square(each, compaction, static, past) for kind, each in mask.items()}
+        only = {kind: None if widths is None else {kind: widths.get(kind, 0)} for kind in mask}
+        return {kind: compact_square(each, compaction, only[kind], past) for kind, each in mask.items()}
     valid, kept, start = compaction.valid, compaction.index, 0
     if past is not None:
         past_valid, past_columns, start = past
-        valid, kept = torch.cat([past_valid, valid], 1), torch.cat([past_columns, kept + start], 1)
+        if _is_4d(mask) and widths is None and (gone := start + compaction.length - mask.shape[3]) > 0:
+            start -= gone
+            past_columns = past_columns[:, past_columns.shape[1] - start :] - gone
+            past_valid = past_valid[:, past_valid.shape[1] - start :] & (past_columns >= 0)
+        valid, kept = torch.cat([past_valid, valid], 1), torch.cat([past_columns.clamp_min(0), kept + start], 1)
     if mask is None:
         causal = torch.ones(compaction.slots, valid.shape[1], dtype=torch.bool, device=valid.device)
         return causal.tril(valid.shape[1] - compaction.slots)[None, None] & valid[:, None, None, :]
@@ -78,10 +86,9 @@ def compact_square(mask: Any, compaction: Compaction, static: bool, past: Past |
             "Load it with attn_implementation='sdpa' or 'eager'."
         )
     if mask.shape[3] < start + compaction.length:
-        way_out = "Use the default dynamic cache." if static else "Start from a new cache."
         raise PatchError(
-            f"a {'static ' if static else ''}sliding-window cache of {mask.shape[3]} columns is shorter than the "
-            f"prompt of {start + compaction.length}, and cannot be pruned. {way_out}"
+            f"a static sliding-window cache of {mask.shape[3]} columns is shorter than the prompt of "
+            f"{start + compaction.length}, and cannot be pruned. Use the default dynamic cache."
         )
     batch, slots = compaction.index.shape
     index, kept = compaction.index.to(mask.device), kept.to(mask.device)
@@ -90,7 +97,8 @@ def compact_square(mask: Any, compaction: Compaction, static: bool, past: Past |
     square = rows.gather(3, kept[:, None, None, :].expand(batch, heads, slots, width))
     blocked = False if square.dtype == torch.bool else torch.finfo(square.dtype).min
     square = square.masked_fill(~valid.to(mask.device)[:, None, None, :], blocked)
-    return torch.nn.functional.pad(square, (0, columns - width if static else 0), value=blocked)
+    spare = 0 if widths is None else max(*widths.values(), width) - width
+    return torch.nn.functional.pad(square, (0, spare), value=blocked)
 
 
 def is_square(mask: Any) -> bool:

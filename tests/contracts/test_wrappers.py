@@ -141,6 +141,7 @@ def pipeline(model: Any) -> Any:
         unk_token="<unk>",
         additional_special_tokens=["<image>", "<other>"],
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )
     side = {"height": SIDE, "width": SIDE}
     processor = transformers.LlavaProcessor(

@@ -13,7 +13,8 @@ from typing import Any
 
 from .errors import PlanError
 
-_VERSION = 1
+_VERSION = 2
+_READABLE = (1, 2)  # version 1 knew no steps inside the language model
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,32 @@ class ItemPlan:
         row: Batch row.
         modality: ``"image"`` or ``"video"``.
         total: Unpruned visual tokens.
-        keep: Visual tokens to keep, at least 1.
+        keep: Visual tokens that enter the language model, at least 1.
+        steps: ``(layer, tokens)`` pairs, layers ascending: from decoder layer ``layer`` (0-based) on, ``tokens`` are
+            left. Empty where nothing is dropped inside the language model.
     """
 
     row: int
     modality: str
     total: int
     keep: int
+    steps: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         """Check the counts."""
-        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (self.row, self.total, self.keep))
+        numbers = [self.row, self.total, self.keep, *(n for step in self.steps for n in step)]
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
         if not whole or self.row < 0 or not 1 <= self.keep <= self.total:
             raise PlanError(f"need row >= 0 and 1 <= keep <= total, got {self}")
+        layers, counts = [layer for layer, _ in self.steps], [self.keep, *(count for _, count in self.steps), 0]
+        if layers != sorted(set(layers)) or any(layer < 1 for layer in layers):
+            raise PlanError(f"steps must name ascending layers from 1 on, got {self.steps}")
+        if any(after > before for before, after in zip(counts, counts[1:], strict=False)):
+            raise PlanError(f"tokens once dropped cannot return: keep {self.keep}, steps {self.steps}")
+
+    def tokens_at(self, layer: int) -> int:
+        """Tokens that a decoder layer (0-based) sees."""
+        return next((count for start, count in reversed(self.steps) if start <= layer), self.keep)
 
 
 @dataclass(frozen=True)
@@ -70,8 +84,22 @@ class Plan:
 
     @property
     def keep(self) -> int:
-        """Visual tokens kept in the batch."""
+        """Visual tokens of the batch that enter the language model."""
         return sum(item.keep for item in self.items)
+
+    @property
+    def drop_layers(self) -> list[int]:
+        """Decoder layers at whose input tokens of some item are dropped, ascending."""
+        return sorted({layer for item in self.items for layer, _ in item.steps})
+
+    def mean_tokens(self, layers: int) -> float:
+        """Visual tokens per decoder layer, averaged over ``layers`` layers and summed over the batch."""
+        return sum(item.tokens_at(layer) for item in self.items for layer in range(layers)) / layers
+
+    def row_tokens(self, row: int, layers: int) -> list[int]:
+        """Visual tokens of one prompt at every one of ``layers`` decoder layers."""
+        mine = [item for item in self.items if item.row == row]
+        return [sum(item.tokens_at(layer) for item in mine) for layer in range(layers)]
 
     def row_counts(self, sizes: Sequence[Sequence[int]]) -> list[list[int]]:
         """The counts to keep, arranged like the layout they are applied to.
@@ -115,9 +143,12 @@ class Plan:
         try:
             data: dict[str, Any] = json.loads(text)
             version = data.pop("version")
-            if version != _VERSION:  # first: another version may differ in everything else
-                raise PlanError(f"plan version {version!r} is not supported, expected {_VERSION}")
-            items = tuple(ItemPlan(**item) for item in data.pop("items"))
+            if version not in _READABLE:  # first: another version may differ in everything else
+                raise PlanError(f"plan version {version!r} is not supported, expected one of {_READABLE}")
+            items = tuple(
+                ItemPlan(**{**item, "steps": tuple((layer, count) for layer, count in item.get("steps", ()))})
+                for item in data.pop("items")
+            )
             return cls(items=items, **data)
         except PlanError:
             raise

@@ -6,7 +6,7 @@ sees one item at a time. The base owns the newline policy, the order and the exa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -40,20 +40,27 @@ class Tower:
 
 @dataclass(frozen=True)
 class Attention:
-    """A need: attention mass per token at one layer of the vision tower, mean over heads.
+    """A need: what the attention of one layer of the vision tower says of every token.
 
     Attributes:
         layer: 0-based layer index.
-        kind: ``"cls"`` is the class token's softmax row; ``"received"`` the column mean of the attention map.
+        kind: ``"cls"`` is the class token's softmax row, mean over heads; ``"received"`` the column mean of the
+            attention map, mean over heads; ``"joint_cls"`` the class token's row with all heads taken as one, scaled by
+            the whole width; ``"keys"`` the key vectors themselves, heads side by side.
     """
 
     layer: int
-    kind: Literal["cls", "received"]
+    kind: Literal["cls", "received", "joint_cls", "keys"]
 
 
 def saliency(tower: Tower, layer: int) -> Attention:
     """The CLS row where the tower has a class token, else received attention."""
     return Attention(layer, "cls" if tower.has_cls else "received")
+
+
+def unprojected(rows: torch.Tensor) -> torch.Tensor:
+    """The projector of a model whose projector is not applied token by token: none."""
+    return rows
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,18 @@ class Context:
 
     Attributes:
         item: Geometry of the item's tokens.
-        attention: For every need the method named, one [T] float32 tensor per partition, ``T = rows * cols``.
+        attention: For every need the method named, one [T] float32 tensor per partition, ``T = rows * cols``; [T, C]
+            for ``"keys"``.
         features: [n, D] features as the language model gets them, in the item's token order.
         order: Position of the item among the items of its prompt (not of the batch, so that a batch of prompts equals
             the single prompts).
         device: Where scores and the selection live.
+        hidden: [n, C] what the projector was given for every token, zeros for separators; for methods with
+            ``reads_hidden``. Where the projector does not work token by token, these are the features.
+        project: [k, C] to [k, D], the model's projector; the identity where ``hidden`` are the features.
+        text: [t, D] input embeddings of the instruction (the text behind the last image or video of the prompt, all its
+            text where there is none behind), for methods with ``reads_text``.
+        text_ids: [t] int64 token ids of the same.
     """
 
     item: VisualItem
@@ -74,16 +88,29 @@ class Context:
     features: torch.Tensor
     order: int
     device: torch.device
+    hidden: torch.Tensor | None = None
+    project: Callable[[torch.Tensor], torch.Tensor] = unprojected
+    text: torch.Tensor | None = None
+    text_ids: torch.Tensor | None = None
+
+    def in_token_order(self, need: Attention) -> torch.Tensor:
+        """[n] or [n, C] float32 of a need, partition by partition brought into token order; zeros for separators."""
+        flat = torch.cat(list(self.attention[need]))
+        rows, separator = self._rows(flat.device)
+        return flat[rows] * ~separator.reshape(-1, *[1] * (flat.ndim - 1))
+
+    def _rows(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        partition = self.item.partition
+        sizes = [0, *(grid.rows * grid.cols for grid in self.item.partitions)]
+        starts = torch.tensor(sizes, device=partition.device).cumsum(0)
+        rows = (starts[partition] + self.item.patch).clamp_min(0)
+        return rows.to(device), (partition < 0).to(device)
 
     def token_scores(self, need: Attention) -> torch.Tensor:
         """[n] float32 scores in token order; ``-inf`` for separators."""
         flat = torch.cat(list(self.attention[need]))
-        partition = self.item.partition
-        sizes = [0, *(grid.rows * grid.cols for grid in self.item.partitions)]
-        starts = torch.tensor(sizes, device=partition.device).cumsum(0)
-        index = (starts[partition] + self.item.patch).clamp_min(0).to(flat.device)
-        separator = (partition < 0).to(flat.device)
-        return flat[index].masked_fill(separator, float("-inf"))
+        rows, separator = self._rows(flat.device)
+        return flat[rows].masked_fill(separator, float("-inf"))
 
 
 @dataclass(frozen=True)
@@ -99,9 +126,32 @@ class Selection:
     values: torch.Tensor | None = None
 
 
+class Merge:
+    """Base of merging stages: what becomes of the dropped tokens behind any selector (``merge="token_transforming"``).
+
+    A subclass is a frozen, keyword-only dataclass with :meth:`merge`.
+    """
+
+    def needs(self, tower: Tower) -> tuple[Attention, ...]:
+        """The attention scores the stage wants from the vision tower."""
+        return ()
+
+    def merge(self, ctx: Context, keep: torch.Tensor) -> torch.Tensor:
+        """New embeddings of the kept tokens.
+
+        Args:
+            ctx: The item.
+            keep: [k] int64 positions of the kept patch tokens.
+
+        Returns:
+            [k, D].
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement merge()")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pruner:
-    """Base of all methods. Fields are the configuration; ``str()`` reproduces it.
+    """Base of all methods that act before the language model. Fields are the configuration; ``str()`` reproduces it.
 
     Attributes:
         positions: ``"packed"`` renumbers the kept tokens without gaps; ``"original"`` keeps each token's position id.
@@ -109,13 +159,17 @@ class Pruner:
         newline: What happens to row separators, which count towards the budget when kept. ``"drop"`` keeps them only
             when the budget exceeds the number of patch tokens; ``"keep_all"`` reserves room for every one;
             ``"keep_used_rows"`` for those of the rows that keep a patch.
+        merge: A :class:`Merge` that moves what the dropped tokens say into the kept ones, or None to let it go.
     """
 
     positions: Positions = "packed"
     newline: Newline = "drop"
+    merge: Merge | None = None
 
-    stage: ClassVar[str] = "vision"
+    stage: ClassVar[Literal["vision", "decoder"]] = "vision"
     paper: ClassVar[str] = ""
+    reads_hidden: ClassVar[bool] = False
+    reads_text: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the common fields."""
@@ -125,6 +179,18 @@ class Pruner:
         ):
             if getattr(self, name) not in allowed:
                 raise OptionError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if not isinstance(self.merge, Merge | None):
+            raise OptionError(f"merge must be a Merge or None, got {self.merge!r}")
+
+    def all_needs(self, tower: Tower) -> tuple[Attention, ...]:
+        """The needs of the method and of its merging stage."""
+        more = self.merge.needs(tower) if self.merge is not None else ()
+        return tuple(dict.fromkeys([*self.needs(tower), *more]))
+
+    @property
+    def wants_hidden(self) -> bool:
+        """The projector's inputs are wanted, by the method or by its merging stage."""
+        return self.reads_hidden or self.merge is not None
 
     def needs(self, tower: Tower) -> tuple[Attention, ...]:
         """The attention scores the method wants from the vision tower."""
@@ -202,6 +268,8 @@ class Pruner:
         keep = selection.keep.to(ctx.device)
         order = keep.argsort()
         values = None if selection.values is None else selection.values[order]
+        if self.merge is not None and values is None:
+            values = self.merge.merge(ctx, keep[order])
         return Selection(keep[order], values)
 
     def _with_separators(self, ctx: Context, chosen: Selection, extra: torch.Tensor, k: int) -> Selection:

@@ -98,6 +98,23 @@ PRUNERS = Registry(
     },
 )
 
+MERGES = Registry(
+    "merge",
+    "vlm_budget.pruner:Merge",
+    {
+        "token_transforming": "vlm_budget.pruners.token_transforming:TokenTransforming",
+    },
+)
+
+VIT_METHODS = Registry(
+    "vision transformer method",
+    "vlm_budget.engine.vit:VitMethod",
+    {
+        "token_transforming": "vlm_budget.pruners.vit_token_transforming:VitTokenTransforming",
+        "tome": "vlm_budget.pruners.tome:ToMe",
+    },
+)
+
 FAMILIES = Registry(
     "family",
     "vlm_budget.families.base:Family",

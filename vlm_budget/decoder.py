@@ -1,0 +1,168 @@
+"""The base of methods that drop visual tokens inside the language model, at the input of chosen decoder layers.
+
+At prefill a method is asked once per step and item: which of the tokens still there go on. It sees the queries and keys
+of one attention layer, so that it can compute the few attention rows it ranks by, on any attention backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from .pruner import Positions, Pruner, Selection
+
+if TYPE_CHECKING:
+    from .layout import VisualItem
+
+
+@dataclass(frozen=True)
+class Step:
+    """One drop.
+
+    Attributes:
+        layer: 0-based index of the first decoder layer that sees only the kept tokens, at least 1.
+        keep: Visual tokens of the prompt that go on.
+    """
+
+    layer: int
+    keep: int
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """Queries and keys of one attention layer, for one prompt without padding (S columns).
+
+    Attributes:
+        query: [H, S, d] after rotary embedding.
+        key: [Hkv, S, d] after rotary embedding; grouped heads are not repeated.
+        scaling: Factor on the logits.
+        visible: [S, S] bool, which column (last axis) a query may see; None for plain causal attention.
+        cos: [S, d] of the rotary embedding, None where positions have several axes (M-RoPE).
+        sin: [S, d], same.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scaling: float
+    visible: torch.Tensor | None = None
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """[H, r, S] float32 scaled logits of chosen queries; ``-inf`` where a query may not look."""
+        key = self.key
+        if len(key) != len(self.query):
+            key = key.repeat_interleave(len(self.query) // len(key), 0)
+        logits = self.query[:, rows].float() @ key.float().transpose(-1, -2) * self.scaling
+        if self.visible is None:
+            seen = torch.arange(key.shape[1], device=key.device)[None] <= rows[:, None]
+        else:
+            seen = self.visible[rows]
+        return logits.masked_fill(~seen, float("-inf"))
+
+    def attention(self, rows: torch.Tensor) -> torch.Tensor:
+        """[H, r, S] float32 softmax rows of chosen queries."""
+        return self.logits(rows).softmax(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderContext:
+    """What a method sees of one item at one step. Columns count the prompt's tokens still there, padding left out.
+
+    Attributes:
+        item: Geometry of the item's tokens.
+        order: Position of the item among the items of its prompt.
+        layer: The step's layer.
+        alive: [m] int64 ascending positions in the item of the tokens still there: the candidates.
+        columns: [m] int64, the column of each.
+        visual: [v] int64 ascending columns of all visual tokens of the prompt.
+        text: [t] int64 ascending columns of its text.
+        instruction: [i] int64, those of the text behind the last visual token; all text where there is none behind.
+        hidden: [S, D] hidden states at the layer's input.
+        embeds: [S, D] what entered the language model for the same columns.
+        norm: The language model's final norm, for methods that compare normalised states.
+        captured: Queries and keys of the layer the method asked for, None for ``scores="none"``.
+        device: Where all of this lives.
+    """
+
+    item: VisualItem
+    order: int
+    layer: int
+    alive: torch.Tensor
+    columns: torch.Tensor
+    visual: torch.Tensor
+    text: torch.Tensor
+    instruction: torch.Tensor
+    hidden: torch.Tensor
+    embeds: torch.Tensor
+    norm: Callable[[torch.Tensor], torch.Tensor]
+    captured: Captured | None
+    device: torch.device
+
+    @property
+    def last(self) -> torch.Tensor:
+        """[1] int64, the last column: the token whose prediction comes next."""
+        return torch.tensor([self.hidden.shape[0] - 1], device=self.device)
+
+    def attention(self, rows: torch.Tensor) -> torch.Tensor:
+        """[H, r, m] float32: how much the queries at ``rows`` look at each candidate."""
+        assert self.captured is not None, "the method asked for no scores"
+        return self.captured.attention(rows)[..., self.columns]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderPruner(Pruner):
+    """Base of methods that drop inside the language model.
+
+    The budget is the mean number of visual tokens over the decoder layers, the field's way of counting: 0.2 means that a
+    layer sees 20 % of them on average.
+
+    Attributes:
+        positions: ``"original"`` keeps each token's rotary position, ``"packed"`` renumbers after every step, for the
+            layers behind it. Models with M-RoPE always use the original positions.
+    """
+
+    positions: Positions = "original"
+
+    stage: ClassVar[Literal["vision", "decoder"]] = "decoder"
+    scores: ClassVar[Literal["previous", "own", "none"]] = "previous"
+    """Whose queries and keys the method sees: of the layer before the step (free), of the step's own layer computed
+    from its full input (one more projection of queries and keys), or of none."""
+
+    @property
+    def fixed(self) -> bool:
+        """The fields alone say the schedule, so the method takes no budget of its own."""
+        return False
+
+    def schedule(self, tokens: int, spend: int | None, layers: int) -> tuple[Step, ...]:
+        """How many visual tokens of a prompt go on at which layer.
+
+        Args:
+            tokens: Visual tokens that enter the language model, at least 1.
+            spend: Visual tokens summed over all layers that the budget allows, ``tokens * layers`` for all of them;
+                None where the method is ``fixed``.
+            layers: Decoder layers.
+
+        Returns:
+            Steps with ascending layers and never growing counts; empty to keep all.
+
+        Raises:
+            BudgetError: The method cannot reach ``spend``; the message names the nearest share it can.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement schedule()")
+
+    def pick(self, ctx: DecoderContext, k: int) -> torch.Tensor | Selection:  # type: ignore[override]
+        """Choose ``k`` of the candidates.
+
+        Args:
+            ctx: The item at this step.
+            k: How many, between 1 and ``len(ctx.alive) - 1``; the base does not ask where all or none stay.
+
+        Returns:
+            [k] distinct indices into ``ctx.alive``, in any order, or a :class:`Selection` of them with [k, D] hidden
+            states that replace those of the kept tokens.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement pick()")

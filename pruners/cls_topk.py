@@ -15,6 +15,7 @@ import torch
 
 from vlm_budget.allocate import split
 from vlm_budget.errors import OptionError
+from vlm_budget.layout import VisualItem
 from vlm_budget.ops import segmented_topk
 from vlm_budget.pruner import Attention, Context, Pruner, Tower, saliency
 
@@ -47,5 +48,10 @@ class ClsTopK(Pruner):
         scores = ctx.token_scores(next(iter(ctx.attention)))
         if self.scope == "item":
             return scores.argsort(descending=True, stable=True)[:k]  # unlike topk, ties go to the earlier everywhere
-        sizes = torch.bincount(item.partition[item.candidates], minlength=len(item.partitions)).tolist()
-        return segmented_topk(scores, item.partition, split(k, [float(n > 0) for n in sizes], sizes))
+        return segmented_topk(scores, item.partition, equal_shares(item, k))
+
+
+def equal_shares(item: VisualItem, k: int) -> list[int]:
+    """``k`` tokens split equally over an item's partitions; what one cannot hold (padding) passes on to the others."""
+    sizes = torch.bincount(item.partition[item.candidates], minlength=len(item.partitions)).tolist()
+    return split(k, [float(n > 0) for n in sizes], sizes)

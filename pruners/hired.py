@@ -102,7 +102,7 @@ class HiRED(Pruner):
 
     def pick(self, ctx: Context, k: int) -> torch.Tensor:
         """Split ``k`` over the partitions, then take each partition's most attended patches."""
-        needs = list(ctx.attention)
+        needs = [need for need in ctx.attention if need.kind in ("cls", "received")]  # a merging stage may ask for more
         item = ctx.item
         valid = torch.bincount(item.partition[item.candidates], minlength=len(item.partitions)).tolist()
         quotas = self.quotas(item.partitions, valid, ctx.attention[needs[0]], k)

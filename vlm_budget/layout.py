@@ -53,6 +53,8 @@ class VisualItem:
         patch: [n] int64 (CPU), ``row * cols + col`` within the partition's grid; -1 for separators.
         line: [n] int64 (CPU), for tokens of a mosaic the index of the text-line they stand in, which the separator at
             the line's end shares; -1 where no separator follows.
+        resampled: Tokens were interpolated between patches behind the projector. Each is named after the patch nearest
+            to its centre, but is not that patch's projection.
     """
 
     modality: Modality
@@ -60,6 +62,7 @@ class VisualItem:
     partition: torch.Tensor
     patch: torch.Tensor
     line: torch.Tensor
+    resampled: bool = False
 
     @property
     def size(self) -> int:

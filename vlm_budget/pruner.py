@@ -46,11 +46,12 @@ class Attention:
         layer: 0-based layer index.
         kind: ``"cls"`` is the class token's softmax row, mean over heads; ``"received"`` the column mean of the
             attention map, mean over heads; ``"joint_cls"`` the class token's row with all heads taken as one, scaled by
-            the whole width; ``"keys"`` the key vectors themselves, heads side by side.
+            the whole width; ``"keys"`` the key vectors themselves, heads side by side; ``"mean_keys"`` their mean over
+            heads.
     """
 
     layer: int
-    kind: Literal["cls", "received", "joint_cls", "keys"]
+    kind: Literal["cls", "received", "joint_cls", "keys", "mean_keys"]
 
 
 def saliency(tower: Tower, layer: int) -> Attention:
@@ -70,7 +71,7 @@ class Context:
     Attributes:
         item: Geometry of the item's tokens.
         attention: For every need the method named, one [T] float32 tensor per partition, ``T = rows * cols``; [T, C]
-            for ``"keys"``.
+            for ``"keys"`` and ``"mean_keys"``.
         features: [n, D] features as the language model gets them, in the item's token order.
         order: Position of the item among the items of its prompt (not of the batch, so that a batch of prompts equals
             the single prompts).
@@ -170,6 +171,7 @@ class Pruner:
     paper: ClassVar[str] = ""
     reads_hidden: ClassVar[bool] = False
     reads_text: ClassVar[bool] = False
+    merges: ClassVar[bool] = False  # the method returns embeddings of its own: no merging stage fits behind it
 
     def __post_init__(self) -> None:
         """Check the common fields."""
@@ -181,6 +183,8 @@ class Pruner:
                 raise OptionError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if not isinstance(self.merge, Merge | None):
             raise OptionError(f"merge must be a Merge or None, got {self.merge!r}")
+        if self.merges and self.merge is not None:
+            raise OptionError(f"{type(self).__name__} merges on its own; merge={self.merge!r} would have nothing to do")
 
     def all_needs(self, tower: Tower) -> tuple[Attention, ...]:
         """The needs of the method and of its merging stage."""

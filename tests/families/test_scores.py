@@ -1,10 +1,11 @@
-"""Probed attention as scores of tokens, against the maps of the eager tower, reduced here by other means."""
+"""Probed attention and keys of tokens, against what the eager tower attends with, reduced here by other means."""
 
 from __future__ import annotations
 
 import copy
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -19,12 +20,13 @@ from vlm_budget.families.base import flatten_features
 from vlm_budget.pruner import Attention
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}  # scores are about 1 / 150
+KEY_TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # keys are about 1
 
 
 def needs_of(tiny: Tiny) -> tuple[Attention, ...]:
-    """Both kinds where the tower has a class token, at its first and its feature layer."""
+    """All kinds, those of the class token where the tower has one, at its first and its feature layer."""
     tower = family_of(tiny).tower(tiny.model.model)
-    kinds = ("cls", "received") if tower.has_cls else ("received",)
+    kinds = ("received", "keys", "mean_keys", *(("cls", "joint_cls") if tower.has_cls else ()))
     return tuple(Attention(layer, kind) for layer in (0, tower.feature_layer) for kind in kinds)  # type: ignore[arg-type]
 
 
@@ -43,25 +45,47 @@ def encode(tiny: Tiny, modality: str) -> torch.Tensor:
     return flatten_features(packed[0] if tiny.family == "qwen3_vl" and isinstance(packed[0], tuple) else packed)
 
 
-def eager_maps(tiny: Tiny, modality: str, layer: int, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """[P, H, L, L] maps of one layer, one tensor per call, as transformers' own eager attention computes them."""
+@dataclass(frozen=True)
+class Attended:
+    """One call of transformers' own eager attention: [P, H, L, d] queries and keys, and the [P, H, L, L] map."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    weights: torch.Tensor
+
+    def rows(self, kind: str) -> torch.Tensor:
+        """[P, L] scores, or [P, L, C] keys."""
+        if kind == "keys":
+            return torch.cat(list(self.key.unbind(1)), -1)
+        if kind == "mean_keys":
+            return torch.stack(list(self.key.unbind(1))).mean(0)
+        if kind == "joint_cls":
+            heads, width = self.query.shape[1], self.query.shape[3]
+            logits = torch.einsum("phd,phld->pl", self.query[:, :, 0], self.key) / (heads * width) ** 0.5
+            return logits.softmax(-1)
+        mean = self.weights.mean(1)
+        return mean[:, 0] if kind == "cls" else mean.mean(1)
+
+
+def eager_calls(tiny: Tiny, modality: str, layer: int, monkeypatch: pytest.MonkeyPatch) -> list[Attended]:
+    """What one layer attends with and to, call by call."""
     eager = use(tiny, "eager")
     attention = family_of(tiny).vision_attention(eager.model.model, layer)
     source = sys.modules[type(attention).__module__]
-    original, maps = source.eager_attention_forward, []
+    original, calls = source.eager_attention_forward, []
 
-    def spy(module: Any, *args: Any, **kwargs: Any) -> Any:
+    def spy(module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if "output_attentions" in kwargs:  # CLIP in 4.x throws the map away otherwise
             kwargs["output_attentions"] = True
-        output, weights = original(module, *args, **kwargs)
+        output, weights = original(module, query, key, *args, **kwargs)
         if module is attention:
-            maps.append(weights)
+            calls.append(Attended(query, key, weights))
         return output, weights
 
     with monkeypatch.context() as patch:
         patch.setattr(source, "eager_attention_forward", spy)
         encode(eager, modality)
-    return maps
+    return calls
 
 
 def pooled(tiny: Tiny, modality: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -81,19 +105,21 @@ def pooled(tiny: Tiny, modality: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda scores: functional.avg_pool2d(scores, factor)
 
 
-def grid_reference(tiny: Tiny, modality: str, kind: str, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+def grid_reference(tiny: Tiny, modality: str, kind: str, calls: list[Attended]) -> list[torch.Tensor]:
     """One tensor per partition, for towers that take one square image at a time."""
-    (weights,) = maps
-    mean = weights.mean(1)
-    rows = mean[:, 0] if kind == "cls" else mean.mean(1)
+    (call,) = calls
+    rows = call.rows(kind)
     has_cls = family_of(tiny).tower(tiny.model.model).has_cls
     patches = rows[:, 1:] if has_cls else rows
     side = round(patches.shape[1] ** 0.5)
+    if patches.ndim == 3:
+        tokens = pooled(tiny, modality)(patches.unflatten(1, (side, side)).permute(0, 3, 1, 2))
+        return list(tokens.flatten(2).mT)
     tokens = pooled(tiny, modality)(patches.reshape(-1, 1, side, side))
     return list(tokens.flatten(1))
 
 
-def qwen_reference(tiny: Tiny, modality: str, maps: list[torch.Tensor]) -> torch.Tensor:
+def qwen_reference(tiny: Tiny, modality: str, kind: str, calls: list[Attended]) -> torch.Tensor:
     """All tokens in order; where the tower puts a token is read off the merger, whose outputs are the features."""
     merged = []
     hook = tiny.model.model.visual.merger.register_forward_hook(lambda m, a, output: merged.append(output))
@@ -101,8 +127,8 @@ def qwen_reference(tiny: Tiny, modality: str, maps: list[torch.Tensor]) -> torch
     hook.remove()
     same = (merged[0][:, None] == features[None]).all(-1)
     assert (same.sum(0) == 1).all()
-    received = torch.cat([weights.mean(1).mean(1)[0] for weights in maps])
-    blocks = torch.stack(received.split(4)).mean(1)
+    patches = torch.cat([call.rows(kind)[0] for call in calls])
+    blocks = torch.stack(patches.split(4)).mean(1)
     return blocks[same.int().argmax(0)]
 
 
@@ -111,22 +137,25 @@ def check(tiny: Tiny, modality: str, monkeypatch: pytest.MonkeyPatch, needs: tup
     for need in needs:
         scores = observed.attention[need]
         for item, parts in zip(observed.items, scores, strict=True):
-            assert [tuple(part.shape) for part in parts] == [(g.rows * g.cols,) for g in item.partitions]
+            assert [len(part) for part in parts] == [grid.rows * grid.cols for grid in item.partitions]
             assert all(part.dtype == torch.float32 for part in parts)
         flat = [part for parts in scores for part in parts]
-        maps = eager_maps(tiny, modality, need.layer, monkeypatch)
+        tolerance = KEY_TOLERANCE if need.kind.endswith("keys") else TOLERANCE
+        calls = eager_calls(tiny, modality, need.layer, monkeypatch)
         if tiny.family.startswith("qwen"):
-            expected = qwen_reference(tiny, modality, maps)
-            torch.testing.assert_close(torch.cat(flat), expected, **TOLERANCE)
+            expected = qwen_reference(tiny, modality, need.kind, calls)
+            torch.testing.assert_close(torch.cat(flat), expected, **tolerance)
         else:
-            reference = grid_reference(tiny, modality, need.kind, maps)
+            reference = grid_reference(tiny, modality, need.kind, calls)
             assert len(reference) == len(flat)
             for part, expected in zip(flat, reference, strict=True):
-                torch.testing.assert_close(part, expected, **TOLERANCE)
+                torch.testing.assert_close(part, expected, **tolerance)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_scores_are_the_eager_maps_reduced(setup: Tiny, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_and_keys_are_those_of_the_eager_tower_reduced(
+    setup: Tiny, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny = use(setup, backend)
     for modality in modalities(tiny):
         check(tiny, modality, monkeypatch, needs_of(tiny))
@@ -151,7 +180,9 @@ def packed_attention(
 
 
 @pytest.mark.parametrize("name", [name for name in SETUPS if name.startswith("qwen")])
-def test_packed_sequences_of_flash_attention_give_the_same_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_sequences_of_flash_attention_give_the_same_scores_and_keys(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", packed_attention)
@@ -185,8 +216,8 @@ def test_frames_of_an_odd_side_are_pooled_as_the_model_pools_them(monkeypatch: p
     need = Attention(2, "received")
     observed = observe(odd, "video", (need,))[1]
     assert [item.size for item in observed.items] == [3 * 16 + 1] * 2
-    (weights,) = eager_maps(odd, "video", need.layer, monkeypatch)
-    patches = weights.mean(1).mean(1).reshape(6, 1, 7, 7)
+    (call,) = eager_calls(odd, "video", need.layer, monkeypatch)
+    patches = call.weights.mean(1).mean(1).reshape(6, 1, 7, 7)
     expected = functional.interpolate(patches, size=[4, 4], mode="bilinear").flatten(1)
     found = torch.stack([part for parts in observed.attention[need] for part in parts])
     torch.testing.assert_close(found, expected, **TOLERANCE)

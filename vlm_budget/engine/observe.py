@@ -4,17 +4,56 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import PatchError
 from ..families.base import Family
-from ..layout import Modality
+from ..layout import Modality, VisualItem
 from ..pruner import Attention
 from .clock import Interval
+from .local import CallLocal
 from .probes import AttachedProbe, AttentionSink, attach
 from .selection import Observation
+
+
+class InputSink:
+    """Collects what a module is given, per thread."""
+
+    def __init__(self) -> None:
+        self._local = CallLocal()
+
+    def start(self) -> None:
+        """Begin to collect on this thread."""
+        self._local.inputs = []
+
+    def stop(self) -> list[torch.Tensor]:
+        """End collecting; the first argument of each call of the module, in call order."""
+        inputs = getattr(self._local, "inputs", None)
+        self._local.inputs = None
+        return inputs or []
+
+    @torch.compiler.disable
+    def see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook of the module."""
+        inputs = getattr(self._local, "inputs", None)
+        if inputs is not None:
+            inputs.append((args[0] if args else next(iter(kwargs.values()))).detach())
+
+
+@dataclass(frozen=True)
+class AttachedInput:
+    """An input sink in place."""
+
+    handle: RemovableHandle
+
+    def detach(self) -> None:
+        """Take the hook away."""
+        self.handle.remove()
 
 
 class Observer:
@@ -23,17 +62,19 @@ class Observer:
     Args:
         base: The model that holds the vision tower.
         family: What is known about its class.
-        needs: Attention scores to collect.
+        needs: Attention scores and keys to collect.
+        hidden: Collect the projector's inputs, too.
 
     Raises:
         PatchError: CLS attention is needed and the tower has no class token.
     """
 
-    def __init__(self, base: nn.Module, family: Family, needs: tuple[Attention, ...]) -> None:
+    def __init__(self, base: nn.Module, family: Family, needs: tuple[Attention, ...], hidden: bool = False) -> None:
         self.base = base
         self.family = family
         self.needs = needs
-        if any(need.kind == "cls" for need in needs) and not family.has_cls(base):
+        self.hidden = hidden
+        if any(need.kind in ("cls", "joint_cls") for need in needs) and not family.has_cls(base):
             raise PatchError(
                 f"{type(base).__name__}'s vision tower has no class token, so there is no CLS attention to rank by. "
                 "Ask for 'received' attention, or let vlm_budget.pruner.saliency choose."
@@ -42,18 +83,37 @@ class Observer:
         for need in needs:
             kinds.setdefault(need.layer, set()).add(need.kind)
         self.sinks = {layer: AttentionSink(tuple(sorted(wanted))) for layer, wanted in kinds.items()}  # type: ignore[arg-type]
+        self.inputs = InputSink()
 
-    def attach(self) -> list[AttachedProbe]:
-        """Probe the layers; the caller owns the undoing."""
-        probes: list[AttachedProbe] = []
+    def attach(self) -> list[AttachedProbe | AttachedInput]:
+        """Probe the layers, and the projector if its inputs are wanted; the caller owns the undoing."""
+        probes: list[AttachedProbe | AttachedInput] = []
         try:
             for layer, sink in self.sinks.items():
                 probes.append(attach(self.family.vision_attention(self.base, layer), sink))
+            for module in self._projectors():
+                probes.append(AttachedInput(module.register_forward_pre_hook(self.inputs.see, with_kwargs=True)))
         except BaseException:
             for probe in reversed(probes):
                 probe.detach()
             raise
         return probes
+
+    def _projectors(self) -> list[nn.Module]:
+        """Those of all modalities, each once; none where their inputs are not wanted."""
+        if not self.hidden:
+            return []
+        modules = [self.family.projector(self.base, modality) for modality in self.family.encoders]
+        return list({id(module): module for module in modules if module is not None}.values())
+
+    @property
+    def project(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """[k, C] projector inputs to [k, D] features; None where the projector's inputs are not wanted."""
+        return self._project if self.hidden else None
+
+    @torch.no_grad()
+    def _project(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.family.project(self.base, rows)
 
     def probe_intervals(self) -> list[Interval]:
         """What the probes of the last observed call on this thread took."""
@@ -69,17 +129,30 @@ class Observer:
         items = self.family.items(self.base, modality, inputs)
         for sink in self.sinks.values():
             sink.start()
+        if self.hidden:
+            self.inputs.start()
         try:
             output = call(*args, **kwargs)
         finally:
             rows = {layer: sink.stop() for layer, sink in self.sinks.items()}
+            given = self.inputs.stop()
         attention = {
             need: self.family.token_attention(
                 self.base, modality, need.kind, rows[need.layer][need.kind], items, inputs
             )
             for need in self.needs
         }
-        return output, Observation(modality, items, self.family.features(self.base, modality, output, items), attention)
+        features = self.family.features(self.base, modality, output, items)
+        return output, Observation(modality, items, features, attention, self._token_hidden(modality, given, items))
+
+    def _token_hidden(
+        self, modality: Modality, given: list[torch.Tensor], items: list[VisualItem]
+    ) -> list[torch.Tensor | None] | None:
+        if not self.hidden:
+            return None
+        if self.family.projector(self.base, modality) is None:
+            return [None] * len(items)
+        return self.family.token_hidden(self.base, given, items)
 
 
 def bound_arguments(call: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 Transformers' attention modules look their function up per call from ``module.config._attn_implementation``. A probe
 gives one module a config that delegates everything to the real one and answers another name; the function behind that
-name computes the few rows a method needs from the very queries and keys the model made (after rotary embedding,
-normalisation and the cache), then calls the real backend, so SDPA, flash, flex and eager all stay on. Masks, other
-layers and the model's config are untouched.
+name takes what a method needs from the very queries and keys the model made (after rotary embedding, normalisation and
+the cache), then calls the real backend, so SDPA, flash, flex and eager all stay on. Masks, other layers and the model's
+config are untouched.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ _PREFIX = "vlm_budget_probe|"
 _SINK = "_vlm_budget_sink"
 _local = CallLocal()
 
-RowKind = Literal["cls", "received", "last"]
+RowKind = Literal["cls", "received", "last", "joint_cls", "keys", "mean_keys", "qk"]
+
+
+class ProbeStop(BaseException):
+    """Raised out of a module whose sink was started with ``stop=True``, once its queries and keys are recorded.
+
+    Whoever started the sink catches it. Not an :class:`Exception`, which a model might catch on its way out.
+    """
 
 
 class ProbeName(str):
@@ -104,6 +111,8 @@ def probe_attention(
         packed = kwargs.get("cu_seq_lens_q")
         with torch.no_grad():
             sink.record(query, key, attention_mask, scaling or query.shape[-1] ** -0.5, packed, causal)
+        if sink.stops:
+            raise ProbeStop
     function: Callable[..., Any]
     if real in (None, "eager"):
         function = sys.modules[type(module).__module__].eager_attention_forward
@@ -149,12 +158,43 @@ def attach(module: nn.Module, sink: AttentionSink) -> AttachedProbe:
     return AttachedProbe(module, sink, config)
 
 
+@dataclass(frozen=True, eq=False)
+class QueryKey:
+    """References to what one call of an attention module attended with; recording it computes nothing.
+
+    Attributes:
+        query: [B, H, Lq, d], rotary embedding included.
+        key: [B, Hkv, Lk, d], the cached ones in front; grouped heads are not repeated.
+        mask: What the backend got: None, 4-D, 2-D padding (flash), or a flex ``BlockMask``.
+        scaling: Factor on the logits.
+        causal: The backend hides later keys where the mask does not say (None or 2-D).
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: Any
+    scaling: float
+    causal: bool
+
+    def visible(self, start: int, stop: int) -> torch.Tensor | None:
+        """Which keys the queries ``start:stop`` may see.
+
+        Returns:
+            Broadcastable to [B, 1, stop - start, Lk] (a mask per head stays [B, H, ...]): bool (True = may be seen), or
+            additive float as the backend got it; None where all is seen.
+        """
+        return _mask_rows(self.mask, start, stop, self.query, self.key, self.causal)
+
+
 class AttentionSink:
-    """Collects attention rows of one module, head-averaged, per thread.
+    """Collects what one attention module shows, per thread.
 
     Args:
-        kinds: Which rows: ``"cls"`` (query 0), ``"last"`` (the last query, padding excluded), ``"received"`` (mean over
-            queries, in chunks; packed sequences are taken apart by their ``cu_seq_lens``).
+        kinds: What to collect. Attention rows [B, L], mean over heads: ``"cls"`` (query 0), ``"last"`` (the last query,
+            padding excluded), ``"received"`` (mean over queries, in chunks; packed sequences are taken apart by their
+            ``cu_seq_lens``). ``"joint_cls"``: [B, L], query 0 with all heads taken as one, logits scaled by
+            ``(H * d) ** -0.5``. ``"keys"``: [B, L, Hkv * d], the keys, heads side by side. ``"mean_keys"``:
+            [B, L, d], their mean over heads. All of these float32. ``"qk"``: a :class:`QueryKey`.
         chunk: Queries per chunk of ``"received"``: bounds memory to ``H * chunk * L`` floats.
     """
 
@@ -168,13 +208,23 @@ class AttentionSink:
         """Whether this thread collects rows at the moment."""
         return getattr(self._local, "rows", None) is not None
 
-    def start(self) -> None:
-        """Begin to collect on this thread."""
+    @property
+    def stops(self) -> bool:
+        """Whether this thread wants the module left before it attends."""
+        return self.wanted and self._local.stops
+
+    def start(self, stop: bool = False) -> None:
+        """Begin to collect on this thread.
+
+        Args:
+            stop: Leave the module by :class:`ProbeStop` right after recording, its attention not run.
+        """
         self._local.rows = {kind: [] for kind in self.kinds}
         self._local.intervals = []
+        self._local.stops = stop
 
-    def stop(self) -> dict[RowKind, list[torch.Tensor]]:
-        """End collecting; per kind, the [B, L] float32 rows of each call of the module, in call order."""
+    def stop(self) -> dict[RowKind, list[Any]]:
+        """End collecting; per kind, what each call of the module showed, in call order."""
         rows = getattr(self._local, "rows", None)
         self._local.rows = None
         return rows or {kind: [] for kind in self.kinds}
@@ -187,7 +237,7 @@ class AttentionSink:
     def record(
         self, query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float, packed: Any, causal: bool
     ) -> None:
-        """Compute the wanted rows of ``query`` [B, H, Lq, d] over ``key`` [B, Hkv, Lk, d].
+        """Take what is wanted of ``query`` [B, H, Lq, d] and ``key`` [B, Hkv, Lk, d].
 
         Args:
             query: Queries, rotary embedding included.
@@ -198,15 +248,26 @@ class AttentionSink:
             causal: The backend hides later keys where the mask does not say (None or 2-D).
         """
         interval = Interval(query.device)
+        shown = QueryKey(query.detach(), key.detach(), mask, scaling, causal)
         for kind in self.kinds:
-            if kind == "received":
-                rows = _received_packed(query, key, mask, scaling, self.chunk, packed, causal)
-            else:
-                index = 0 if kind == "cls" else query.shape[2] - 1
-                part = _mask_rows(mask, index, index + 1, query, key, causal)
-                rows = attention_rows(query[:, :, index : index + 1], key, scaling, part).mean(1)[:, 0]
-            self._local.rows[kind].append(rows)
+            self._local.rows[kind].append(self._take(kind, shown, packed))
         self._local.intervals.append(interval.stop())
+
+    def _take(self, kind: RowKind, shown: QueryKey, packed: Any) -> Any:
+        query, key = shown.query, shown.key
+        if kind == "qk":
+            return shown
+        if kind == "keys":
+            return key.transpose(1, 2).flatten(2).float()
+        if kind == "mean_keys":
+            return key.float().mean(1)
+        if kind == "received":
+            return _received_packed(query, key, shown.mask, shown.scaling, self.chunk, packed, shown.causal)
+        index = query.shape[2] - 1 if kind == "last" else 0
+        part = shown.visible(index, index + 1)
+        if kind == "joint_cls":
+            return _joint_row(query[:, :, :1], key, part)
+        return attention_rows(query[:, :, index : index + 1], key, shown.scaling, part).mean(1)[:, 0]
 
 
 def attention_rows(
@@ -229,6 +290,14 @@ def attention_rows(
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.float()
     return torch.nan_to_num(logits.softmax(-1))
+
+
+def _joint_row(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """[B, L] float32 softmax row of a query [B, H, 1, d] whose heads are taken as one of width ``H * d``."""
+    if key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    query, key = (heads.transpose(1, 2).flatten(2)[:, None] for heads in (query, key))
+    return attention_rows(query, key, query.shape[-1] ** -0.5, None if mask is None else mask[:, :1])[:, 0, 0]
 
 
 def _mask_rows(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from ..budget import Budget
-from ..errors import LayoutError
-from ..layout import Modality, VisualItem, VisualLayout, group_rows
-from ..plan import ItemPlan, Plan
-from ..pruner import Attention, Context, Pruner
+from ..errors import LayoutError, PlanError
+from ..layout import Modality, VisualItem, group_rows
+from ..plan import Plan
+from ..pruner import Attention, Context, Pruner, unprojected
+
+Project = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(eq=False)
@@ -23,13 +24,25 @@ class Observation:
         modality: ``"image"`` or ``"video"``.
         items: Layout of every encoded item, in placeholder order over the batch.
         features: Per item [n, D], as the language model gets them.
-        attention: Per need, per item, one [T] tensor per partition.
+        attention: Per need, per item, one [T] tensor per partition; [T, C] for keys.
+        hidden: Per item [n, C], what the projector was given for every token, zeros for separators; None for items
+            whose tokens are not projected one by one. None as a whole where it was not wanted.
     """
 
     modality: Modality
     items: list[VisualItem]
     features: list[torch.Tensor]
     attention: Mapping[Attention, Sequence[Sequence[torch.Tensor]]]
+    hidden: Sequence[torch.Tensor | None] | None = None
+
+    def lacks(self, needs: Sequence[Attention], hidden: bool) -> bool:
+        """Something that a method wants was not recorded.
+
+        Args:
+            needs: The scores it named.
+            hidden: It wants the projector's inputs.
+        """
+        return any(need not in self.attention for need in needs) or (hidden and self.hidden is None)
 
 
 _SEEN = "_vlm_budget_seen"
@@ -50,15 +63,33 @@ def tied_observations(kwargs: Mapping[str, Any]) -> dict[Modality, Observation]:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """One item with what was observed of it."""
+    """One item with what was observed of it; see :class:`vlm_budget.pruner.Context`."""
 
     item: VisualItem
     features: torch.Tensor
     attention: Mapping[Attention, Sequence[torch.Tensor]]
+    hidden: torch.Tensor | None = None
+    project: Project = unprojected
+
+
+@dataclass(frozen=True, eq=False)
+class PromptText:
+    """The instruction of one prompt: the text behind its last image or video, all its text where none is behind.
+
+    Attributes:
+        embeds: [t, D] input embeddings.
+        ids: [t] int64 token ids.
+    """
+
+    embeds: torch.Tensor
+    ids: torch.Tensor
 
 
 def seen_rows(
-    observations: Sequence[Observation], counts: Mapping[Modality, Sequence[int]], needs: Sequence[Attention]
+    observations: Sequence[Observation],
+    counts: Mapping[Modality, Sequence[int]],
+    needs: Sequence[Attention],
+    project: Project | None = None,
 ) -> list[list[Seen]]:
     """Hand observed items to the prompts they stand in: per prompt, images first, then videos.
 
@@ -66,6 +97,7 @@ def seen_rows(
         observations: At most one per modality.
         counts: Per modality, the visual tokens of every prompt.
         needs: The scores the method named, in its order; others are left out.
+        project: [k, C] projector inputs to [k, D] features, where the method wants the former; None where not.
 
     Raises:
         LayoutError: Placeholders and encoded items do not agree.
@@ -83,24 +115,19 @@ def seen_rows(
         for row, items in zip(rows, grouped, strict=True):
             for item in items:
                 attention = {need: seen.attention[need][index] for need in needs}
-                row.append(Seen(item, seen.features[index], attention))
+                row.append(Seen(item, seen.features[index], attention, *_projected(seen, index, project)))
                 index += 1
     return rows
 
 
-def make_plan(pruner: Pruner, budget: Budget, layout: VisualLayout) -> Plan:
-    """Exact counts for every item of every prompt, as the method shares its budget out.
-
-    Raises:
-        BudgetError: The budget cannot be met by some prompt.
-    """
-    items: list[ItemPlan] = []
-    for row, members in enumerate(layout.rows):
-        if not members:
-            continue
-        shares = pruner.shares(budget, members)
-        items += [ItemPlan(row, item.modality, item.size, share) for item, share in zip(members, shares, strict=True)]
-    return Plan(str(pruner), str(budget), tuple(items), len(layout.rows))
+def _projected(seen: Observation, index: int, project: Project | None) -> tuple[torch.Tensor | None, Project]:
+    """What a method gets as ``hidden`` and ``project``."""
+    if project is None or seen.hidden is None:
+        return None, unprojected
+    hidden = seen.hidden[index]
+    if hidden is None:
+        return seen.features[index], unprojected
+    return hidden, lambda rows: project(rows.to(hidden))
 
 
 @dataclass(eq=False)
@@ -151,17 +178,26 @@ class PromptSelection:
         self.consumed.clear()
 
 
-def select(pruner: Pruner, plan: Plan, rows: Sequence[Sequence[Seen]], device: torch.device) -> PromptSelection:
+def select(
+    pruner: Pruner | None,
+    plan: Plan,
+    rows: Sequence[Sequence[Seen]],
+    device: torch.device,
+    texts: Sequence[PromptText] | None = None,
+) -> PromptSelection:
     """Ask the method about every item.
 
     Args:
-        pruner: The method.
+        pruner: The method; None where the plan keeps all that enters the language model.
         plan: Promised counts for these rows.
         rows: Observed items per prompt.
         device: Where the language model's embeddings live.
+        texts: The instruction of every prompt, for methods that read it; None where it is not known.
 
     Raises:
         SelectionError: The method broke its promise.
+        LayoutError: The method reads the instruction, and it is not known or empty.
+        PlanError: Tokens are to be dropped before the language model, and no method acts there.
     """
     counts = plan.row_counts([[seen.item.size for seen in row] for row in rows])
     flags: dict[Modality, list[list[torch.Tensor]]] = {}
@@ -171,7 +207,7 @@ def select(pruner: Pruner, plan: Plan, rows: Sequence[Sequence[Seen]], device: t
         flags[modality], merged[modality] = [[] for _ in rows], [[] for _ in rows]
     for index, (row, row_counts) in enumerate(zip(rows, counts, strict=True)):
         for order, (seen, count) in enumerate(zip(row, row_counts, strict=True)):
-            flag, values = _select_item(pruner, seen, order, count)
+            flag, values = _select_item(pruner, seen, order, count, texts[index] if texts is not None else None)
             flags[seen.item.modality][index].append(flag.to(device))
             merged[seen.item.modality][index].append(None if values is None else values.to(device))
             kept.append(flag.sum().to(device))
@@ -187,14 +223,38 @@ def select(pruner: Pruner, plan: Plan, rows: Sequence[Sequence[Seen]], device: t
     return PromptSelection(plan, keep, replaced, torch.stack(kept))
 
 
-def _select_item(pruner: Pruner, seen: Seen, order: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _select_item(
+    pruner: Pruner | None, seen: Seen, order: int, count: int, text: PromptText | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     item = seen.item
     if count == item.size:  # keeping all is not a question to ask: the unpatched model is the answer
         return torch.ones(item.size, dtype=torch.bool), None
+    if pruner is None:
+        raise PlanError(
+            f"the plan keeps {count} of {item.size} {item.modality} tokens before the language model, where no method "
+            "acts. Name one, such as ['hired', 'fastv'], or make a plan for this method."
+        )
     device = seen.features.device
-    chosen = pruner.select(Context(item, seen.attention, seen.features, order, device), count)
+    chosen = pruner.select(_context(pruner, seen, order, text, device), count)
     flag = torch.zeros(item.size, dtype=torch.bool, device=device).index_fill_(0, chosen.keep, True)
     return flag, chosen.values
+
+
+def _context(pruner: Pruner, seen: Seen, order: int, text: PromptText | None, device: torch.device) -> Context:
+    known = Context(seen.item, seen.attention, seen.features, order, device)
+    if pruner.wants_hidden:
+        assert seen.hidden is not None, "the observation was checked"
+        known = replace(known, hidden=seen.hidden, project=seen.project)
+    if not pruner.reads_text:
+        return known
+    if text is None:
+        raise LayoutError(
+            f"{pruner} ranks by the prompt's text, which this call does not show: it has no input_ids, or is one chunk "
+            "of a prompt. Pass input_ids, and prefill in one piece or through generate."
+        )
+    if not len(text.ids):
+        raise LayoutError(f"{pruner} ranks by the prompt's text, and the prompt has none. Add an instruction.")
+    return replace(known, text=text.embeds.to(device), text_ids=text.ids.to(device))
 
 
 def _pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -40,6 +40,7 @@ def anyres_item(size: Sequence[int], grid: tuple[int, int] | None, side: int, pi
     packed = pack([_coordinates(rows, cols, side)], torch.full((3,), math.nan))
     newline = packed[:, 0].isnan()
     place = packed.nan_to_num(0).round().long()
+    resampled = bool((packed.nan_to_num(0) - place).abs().max() > 1e-3)
     base = packed[:, 0] > 0.5
     row, col = place[:, 1], place[:, 2]
     crop = torch.where(base, 0, 1 + (row // side) * max(cols, 1) + col // side)
@@ -48,7 +49,7 @@ def anyres_item(size: Sequence[int], grid: tuple[int, int] | None, side: int, pi
     line = newline.cumsum(0) - newline.long()
     if grid:
         line = line.masked_fill(base, -1)
-    return VisualItem("image", tuple(partitions), partition, patch, line)
+    return VisualItem("image", tuple(partitions), partition, patch, line, resampled)
 
 
 def _coordinates(rows: int, cols: int, side: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import LayoutError, PatchError
 from ..layout import Modality, Partition, PartitionKind, VisualItem
 from ..pruner import Tower
+from . import flops
 
 # Torch types the attributes of a module as tensors or modules; those of transformers' models are much else besides.
 Model: TypeAlias = Any
@@ -74,6 +75,19 @@ class Family:
         """The attention module inside a vision layer."""
         return layer.self_attn
 
+    def projector(self, base: Model, modality: Modality) -> nn.Module | None:
+        """The module whose input rows are the projector's inputs, one for each token before packing.
+
+        None where there is no such row for a token, because tokens are pooled behind the projector.
+        """
+        return base.multi_modal_projector
+
+    def project(self, base: Model, rows: torch.Tensor) -> torch.Tensor:
+        """[k, C] rows as :meth:`projector` is given them, to [k, D] features as the language model gets them."""
+        module = self.projector(base, "image")
+        assert module is not None, "every family projects images"
+        return module(rows)
+
     def tower(self, base: Model) -> Tower:
         """What methods may know about the vision tower."""
         layers = len(self.vision_layers(base))
@@ -117,6 +131,25 @@ class Family:
             chosen["pixel_values"] = inputs["pixel_values_videos"]
         return chosen
 
+    # --- what encoding costs ---------------------------------------------------------------------------------------
+
+    def encoder_flops(self, base: Model, modality: Modality, items: Sequence[VisualItem]) -> int:
+        """FLOPs of encoding items: vision tower and projector, which run in full whatever is pruned."""
+        return flops.encoder_flops(self, base, modality, items)
+
+    def tower_patches(self, base: Model, modality: Modality, items: Sequence[VisualItem]) -> list[int]:
+        """Patches of every picture that the tower is given."""
+        vision = base.config.vision_config
+        return [(vision.image_size // vision.patch_size) ** 2 for item in items for _ in item.partitions]
+
+    def tower_sequences(self, base: Model, modality: Modality, items: Sequence[VisualItem], layer: int) -> list[int]:
+        """Lengths of the sequences within which a layer of the tower attends, class tokens included."""
+        return [patches + self.has_cls(base) for patches in self.tower_patches(base, modality, items)]
+
+    def projector_flops(self, base: Model, modality: Modality, items: Sequence[VisualItem]) -> int:
+        """FLOPs from the tower's output to the language model's input; by default, every patch is projected."""
+        return flops.linear_flops(base.multi_modal_projector) * sum(self.tower_patches(base, modality, items))
+
     # --- how tokens are packed -------------------------------------------------------------------------------------
 
     def items(self, base: Model, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
@@ -153,30 +186,89 @@ class Family:
         items: Sequence[VisualItem],
         inputs: Mapping[str, Any],
     ) -> list[list[torch.Tensor]]:
-        """Probe rows as scores of tokens.
+        """Probe rows as scores (or keys) of tokens; tokens made of several patches take the mean over them.
 
         Args:
             base: The inner model.
             modality: Which encoder ran.
-            kind: ``"cls"`` or ``"received"``.
-            calls: [P, N] rows over the tower's own sequence (class token included), one tensor per call of the module.
+            kind: Of the need, see :class:`vlm_budget.pruner.Attention`.
+            calls: [P, N] rows over the tower's own sequence (class token included), one tensor per call of the module;
+                [P, N, C] keys.
             items: The layout of the call.
             inputs: The encoder's arguments by name.
 
         Returns:
-            Per item, per partition, [rows * cols] float32.
+            Per item, per partition, [rows * cols] float32, or [rows * cols, C] keys.
+
+        Raises:
+            LayoutError: The tower saw other partitions or patches than the layout has.
         """
         rows = torch.cat(list(calls))
         count = sum(len(item.partitions) for item in items)
         if len(rows) != count:
             raise LayoutError(f"the vision tower saw {len(rows)} partitions, the layout has {count}")
         patches = rows[:, 1:] if self.has_cls(base) else rows
-        queue = iter(self.pool_attention(base, modality, patches))
+        if patches.ndim == 3:
+            channels = patches.transpose(1, 2)
+            pooled = self.pool_attention(base, modality, channels.flatten(0, 1))
+            tokens = pooled.unflatten(0, channels.shape[:2]).transpose(1, 2)
+        else:
+            tokens = self.pool_attention(base, modality, patches)
+        queue = iter(tokens)
         return [[next(queue) for _ in item.partitions] for item in items]
 
     def pool_attention(self, base: Model, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
-        """[P, N] scores of tower patches to [P, T] scores of tokens; models that merge patches average their scores."""
+        """[P, N] scores of tower patches to [P, T] scores of tokens; models that merge patches average their scores.
+
+        Linear in the scores, so that it also takes the channels of keys, one row each.
+        """
         return patches
+
+    def token_hidden(
+        self, base: Model, calls: Sequence[torch.Tensor], items: Sequence[VisualItem]
+    ) -> list[torch.Tensor | None]:
+        """The projector's inputs in token order.
+
+        Args:
+            base: The inner model.
+            calls: What :meth:`projector` was given, [..., C] per call, partition by partition.
+            items: The layout of the encoder call.
+
+        Returns:
+            Per item [n, C], zeros for separators; None for items that are resampled behind the projector.
+
+        Raises:
+            LayoutError: The projector was not called, or saw other rows than the layout has.
+        """
+        sizes = [sum(grid.rows * grid.cols for grid in item.partitions) for item in items]
+        seen = sum(call.shape[:-1].numel() for call in calls)
+        if seen != sum(sizes):
+            raise LayoutError(
+                f"the projector was seen to get {seen} rows, the layout has {sum(sizes)}. A vision tower or projector "
+                "that was compiled on its own hides them; else this is a transformers version the family does not know."
+            )
+        rows = self.from_tower_order(base, torch.cat([call.reshape(-1, call.shape[-1]) for call in calls]), items)
+        parts = zip(items, rows.split(sizes), strict=True)
+        return [None if item.resampled else _by_token(item, part) for item, part in parts]
+
+    def tower_order(self, base: Model, items: Sequence[VisualItem]) -> torch.Tensor | None:
+        """[N] int64, for each token in the tower's order its place among the tokens; None when they are the same."""
+        return None
+
+    def from_tower_order(self, base: Model, rows: torch.Tensor, items: Sequence[VisualItem]) -> torch.Tensor:
+        """[N, ...] rows per token, from the tower's order into that of the items' partitions."""
+        order = self.tower_order(base, items)
+        return rows if order is None else rows[order.argsort().to(rows.device)]
+
+
+def _by_token(item: VisualItem, rows: torch.Tensor) -> torch.Tensor:
+    """[T, C] rows, partition by partition, to [n, C] in token order."""
+    starts = torch.tensor([0, *(grid.rows * grid.cols for grid in item.partitions)]).cumsum(0)
+    index = starts[item.partition] + item.patch
+    if torch.equal(index, torch.arange(len(rows))):
+        return rows
+    separator = (item.partition < 0).to(rows.device)
+    return rows[index.to(rows.device)].masked_fill(separator[:, None], 0)
 
 
 def flatten_features(features: Any) -> torch.Tensor:

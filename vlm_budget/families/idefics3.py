@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from ..layout import Modality, VisualItem
 from .base import Family, Model, mean_pool, square_item
+from .flops import linear_flops
 
 
 class Idefics3(Family):
@@ -41,6 +42,18 @@ class Idefics3(Family):
         """How many of [prompts, tiles, C, H, W] are encoded."""
         return int((pixels != 0).flatten(2).any(2).sum())
 
+    def projector(self, base: Model, modality: Modality) -> nn.Module:
+        """The connector's linear part, behind its ``pixel_shuffle``."""
+        return base.connector.modality_projection
+
     def pool_attention(self, base: Model, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
         """Average over the patches that the connector's ``pixel_shuffle`` stacks into one token."""
         return mean_pool(patches, math.isqrt(patches.shape[1]), base.config.scale_factor)
+
+    def tower_patches(self, base: Model, modality: Modality, items: Sequence[VisualItem]) -> list[int]:
+        """As many as are stacked into the tile's tokens."""
+        return [item.size * base.config.scale_factor**2 for item in items]
+
+    def projector_flops(self, base: Model, modality: Modality, items: Sequence[VisualItem]) -> int:
+        """The connector projects stacked patches."""
+        return linear_flops(base.connector) * sum(item.size for item in items)

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..layout import Modality, VisualItem
 from .base import Family, Model, mean_pool, square_item
+from .flops import linear_flops
 
 
 class InternVL(Family):
@@ -40,6 +41,14 @@ class InternVL(Family):
     def pool_attention(self, base: Model, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
         """Average over the patches that ``pixel_shuffle`` stacks into one token."""
         return mean_pool(patches, math.isqrt(patches.shape[1]), self._factor(base))
+
+    def tower_patches(self, base: Model, modality: Modality, items: Sequence[VisualItem]) -> list[int]:
+        """As many as are stacked into the tile's tokens."""
+        return [item.size * self._factor(base) ** 2 for item in items]
+
+    def projector_flops(self, base: Model, modality: Modality, items: Sequence[VisualItem]) -> int:
+        """Stacked patches are projected."""
+        return linear_flops(base.multi_modal_projector) * sum(item.size for item in items)
 
     def _factor(self, base: Model) -> int:
         return round(1 / base.config.downsample_ratio)

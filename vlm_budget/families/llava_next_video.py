@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,11 +11,12 @@ from torch import nn
 
 from ..layout import Modality, Partition, VisualItem
 from .base import Model, grid_item
+from .flops import convolution_flops, linear_flops
 from .llava_next import LlavaNext
 
 
 class LlavaNextVideo(LlavaNext):
-    """``LlavaNextVideoForConditionalGeneration``."""
+    """``LlavaNextVideoForConditionalGeneration``; frames are pooled before the projector, so its inputs are tokens."""
 
     models = ("LlavaNextVideoForConditionalGeneration", "LlavaNextVideoModel")
     encoders: ClassVar[Mapping[Modality, str]] = {"image": "get_image_features", "video": "get_video_features"}
@@ -37,3 +38,10 @@ class LlavaNextVideo(LlavaNext):
         side = math.isqrt(patches.shape[1])
         pooled = nn.functional.avg_pool2d(patches.view(-1, 1, side, side), base.config.spatial_pool_stride)
         return pooled.flatten(1)
+
+    def projector_flops(self, base: Model, modality: Modality, items: Sequence[VisualItem]) -> int:
+        """Frames are pooled, which may be a convolution, and projected then."""
+        if modality == "image":
+            return super().projector_flops(base, modality, items)
+        per_token = convolution_flops(base.vision_resampler) + linear_flops(base.multi_modal_projector)
+        return per_token * sum(item.size for item in items)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from ..layout import Modality, Partition, VisualItem
 from .anyres import anyres_item, crop_grid
@@ -18,6 +19,9 @@ class LlavaOnevision(Family):
 
     Only an image that is alone in its prompt is cut into crops (``batch_num_images`` tells). A mosaic with more area
     than the model's limit is shrunk bilinearly: each of its tokens is named after the patch nearest to its centre.
+
+    Such a mosaic is shrunk behind the projector, and so are the frames of a video. Methods that read the projector's
+    inputs are given the features of these items instead, thumbnail included.
     """
 
     models = ("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel")
@@ -52,7 +56,11 @@ class LlavaOnevision(Family):
         # The newline closes one line that all the frames stand in.
         newline = torch.tensor([-1])
         partition, patch = torch.cat([grids.partition, newline]), torch.cat([grids.patch, newline])
-        return VisualItem("video", grids.partitions, partition, patch, torch.zeros_like(patch))
+        return VisualItem("video", grids.partitions, partition, patch, torch.zeros_like(patch), resampled=True)
+
+    def projector(self, base: Model, modality: Modality) -> nn.Module | None:
+        """The projector; None for videos, whose frames are pooled behind it."""
+        return base.multi_modal_projector if modality == "image" else None
 
     def _side(self, base: Model) -> int:
         return base.config.vision_config.image_size // base.config.vision_config.patch_size

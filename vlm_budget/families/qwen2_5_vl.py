@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..layout import VisualItem
+from ..layout import Modality, VisualItem
 from .base import Model
 from .qwen2_vl import Qwen2VL
 
@@ -37,3 +37,18 @@ class Qwen25VL(Qwen2VL):
             orders.append(start + window.flatten().argsort(stable=True))
             start += grid.rows * grid.cols
         return torch.cat(orders)
+
+    def tower_sequences(self, base: Model, modality: Modality, items: Sequence[VisualItem], layer: int) -> list[int]:
+        """Whole temporal patches in the layers of full attention, windows in the others."""
+        vision = base.config.vision_config
+        if layer in vision.fullatt_block_indexes:
+            return super().tower_sequences(base, modality, items, layer)
+        side = vision.window_size // vision.spatial_merge_size // vision.patch_size
+        block = vision.spatial_merge_size**2
+        return [
+            min(side, grid.rows - top) * min(side, grid.cols - left) * block
+            for item in items
+            for grid in item.partitions
+            for top in range(0, grid.rows, side)
+            for left in range(0, grid.cols, side)
+        ]

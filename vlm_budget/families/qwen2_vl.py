@@ -11,13 +11,15 @@ from torch import nn
 from ..errors import LayoutError
 from ..layout import Modality, Partition, PartitionKind, VisualItem
 from .base import Family, Model, grid_item
+from .flops import linear_flops
 
 
 class Qwen2VL(Family):
     """``Qwen2VLForConditionalGeneration``.
 
     A video is one partition per temporal patch (two frames, released models). Attention stays within a temporal patch,
-    so its scores sum to one in each.
+    so its scores sum to one in each. The projector's inputs are the merger's behind its norm, a block of patches side
+    by side.
     """
 
     models = ("Qwen2VLForConditionalGeneration", "Qwen2VLModel")
@@ -35,6 +37,10 @@ class Qwen2VL(Family):
     def layer_attention(self, layer: Model) -> nn.Module:
         """The attention module inside a vision layer."""
         return layer.attn
+
+    def projector(self, base: Model, modality: Modality) -> nn.Module:
+        """The merger behind its norm, where a block of patches has become one row."""
+        return base.visual.merger.mlp
 
     def items(self, base: Model, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
         """One grid per image, one per temporal patch of a video."""
@@ -57,24 +63,26 @@ class Qwen2VL(Family):
         items: Sequence[VisualItem],
         inputs: Mapping[str, Any],
     ) -> list[list[torch.Tensor]]:
-        """Probe rows as scores of tokens: the mean over each block of merged patches.
+        """Probe rows as scores (or keys) of tokens: the mean over each block of merged patches.
 
         Flash backends attend to all sequences in one packed call; the others are called once per temporal patch (or
         window), in order.
         """
         block = base.config.vision_config.spatial_merge_size**2
         sizes = [grid.rows * grid.cols for item in items for grid in item.partitions]
-        patches = torch.cat(list(calls), -1).flatten()
+        patches = torch.cat(list(calls), 1).flatten(0, 1)
         if len(patches) != sum(sizes) * block:
             raise LayoutError(f"the vision tower saw {len(patches)} patches, the layout has {sum(sizes) * block}")
         # The processor emits the patches of a block one after the other.
-        tokens = patches.reshape(-1, block).mean(1)
-        order = self.tower_order(base, items)
-        if order is not None:
-            tokens = tokens[order.argsort().to(tokens.device)]
+        tokens = self.from_tower_order(base, patches.unflatten(0, (-1, block)).mean(1), items)
         queue = iter(tokens.split(sizes))
         return [[next(queue) for _ in item.partitions] for item in items]
 
-    def tower_order(self, base: Model, items: Sequence[VisualItem]) -> torch.Tensor | None:
-        """[N] int64, for each token in the tower's order its place among the tokens; None when they are the same."""
-        return None
+    def tower_patches(self, base: Model, modality: Modality, items: Sequence[VisualItem]) -> list[int]:
+        """Patches of every image or temporal patch, before blocks of them are merged."""
+        block = base.config.vision_config.spatial_merge_size**2
+        return [grid.rows * grid.cols * block for item in items for grid in item.partitions]
+
+    def projector_flops(self, base: Model, modality: Modality, items: Sequence[VisualItem]) -> int:
+        """The merger, per merged token."""
+        return linear_flops(base.visual.merger) * sum(item.size for item in items)

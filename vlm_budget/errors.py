@@ -15,6 +15,10 @@ class BudgetError(VLMBudgetError, ValueError):
     """A budget that cannot be parsed, or cannot be met by the input at hand."""
 
 
+class LatencyError(BudgetError):
+    """Milliseconds that cannot be predicted: nothing measured here, a damaged file, a prompt longer than measured."""
+
+
 class PlanError(VLMBudgetError, ValueError):
     """A plan that is malformed, or does not fit the input it is applied to."""
 
@@ -49,3 +53,19 @@ class OptionError(VLMBudgetError, ValueError):
 
 class ModelLoadError(VLMBudgetError, OSError):
     """A model that is not there, or cannot be loaded."""
+
+
+class CalibrationError(VLMBudgetError, ValueError):
+    """Calibration data that cannot be used: none, files that are missing, prompts that do not fit together."""
+
+
+class JournalError(VLMBudgetError, ValueError):
+    """A journal of another search, or one that cannot be read."""
+
+
+class MissingExtraError(VLMBudgetError, ImportError):
+    """An optional library that is not installed; the message names the extra that brings it."""
+
+
+class PlanMismatchWarning(UserWarning):
+    """A recipe is used on prompts unlike those it was made on."""

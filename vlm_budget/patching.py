@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Callable
-from dataclasses import fields
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +13,19 @@ from torch import nn
 from .budget import Budget
 from .engine.account import Account
 from .engine.boundary import Boundary
-from .engine.selection import make_plan
 from .engine.taps import Tap
-from .errors import BudgetError, LayoutError, PatchError, PlanError, UnknownNameError, UnsupportedModelError
+from .engine.vit import VitHandle, is_vit, patch_vit, unpatch_vit
+from .errors import PatchError
 from .families.base import Family
-from .layout import Modality, VisualItem, VisualLayout, group_rows
+from .methods import MethodLike
+from .models import find_family, layout_of, text_tokens
 from .plan import Plan
+from .planning import Methods
 from .pruner import Pruner
-from .registry import FAMILIES, PRUNERS
+from .recipe import Recipe
+from .registry import FAMILIES
 from .report import KeptItem, Report
+from .request import position_modes, read_request
 
 _HANDLE = "_vlm_budget_handle"
 
@@ -44,14 +47,26 @@ class PatchHandle:
         return self._outer
 
     @property
-    def method(self) -> Pruner:
-        """The method in force."""
-        return self._boundary.pruner
+    def methods(self) -> Methods:
+        """The methods in force."""
+        return self._boundary.request.methods
 
     @property
-    def budget(self) -> Budget | Plan:
-        """The budget in force, or the plan that is replayed."""
-        return self._boundary.budget
+    def method(self) -> Pruner:
+        """The method in force, the one before the language model where there are two."""
+        method = self.methods.vision or self.methods.decoder
+        assert method is not None
+        return method
+
+    @property
+    def budget(self) -> Budget | Plan | None:
+        """The budget in force, or the plan that is replayed; None where the method's own fields say how much."""
+        return self._boundary.request.spend
+
+    @property
+    def reason(self) -> str | None:
+        """Why this method was chosen, where ``patch`` was given none."""
+        return self._boundary.request.reason
 
     @property
     def active(self) -> bool:
@@ -85,8 +100,9 @@ class PatchHandle:
             PatchError: No prompt has run since the patch.
         """
         account, boundary = self._account(), self._boundary
-        budget = boundary.budget.budget if isinstance(boundary.budget, Plan) else str(boundary.budget)
-        return account.report(str(boundary.pruner), budget, boundary.positions)
+        spend = self.budget
+        budget = "fields" if spend is None else spend.budget if isinstance(spend, Plan) else str(spend)
+        return account.report(str(self.methods), budget, str(boundary.modes))
 
     def kept(self) -> tuple[KeptItem, ...]:
         """Which visual tokens of its last prompt the model saw, per image and video; empty for a text-only prompt.
@@ -113,11 +129,9 @@ class PatchHandle:
             LayoutError: Prompts and pixels do not fit together.
         """
         boundary = self._boundary
-        layout = layout_of(boundary.base, boundary.family, inputs)
-        if isinstance(boundary.budget, Plan):
-            boundary.budget.row_counts(layout.row_sizes())
-            return boundary.budget
-        return make_plan(boundary.pruner, boundary.budget, layout)
+        return boundary.plan_for(
+            layout_of(boundary.base, boundary.family, inputs), text_tokens(boundary.base, boundary.family, inputs)
+        )
 
     def _install(self) -> None:
         """Put everything in place; a failure on the way takes back what was done."""
@@ -153,26 +167,32 @@ class PatchHandle:
 
 def patch(
     model: Any,
-    method: str | Pruner,
+    method: MethodLike | Sequence[MethodLike] | None = None,
     budget: Budget | str | float | None = None,
     *,
-    plan: Plan | None = None,
+    plan: Plan | Recipe | str | Path | None = None,
     positions: str | None = None,
     **options: Any,
-) -> PatchHandle:
+) -> PatchHandle | VitHandle:
     """Make a VLM keep only the visual tokens that matter, within a budget.
 
     The same ``model(...)``, ``model.generate(...)`` and pipeline calls work as before, on the same attention backend.
     Patching a patched model replaces the patch; undoing then restores the unpatched model.
 
     Args:
-        model: A supported transformers VLM, a PEFT model around one, or a transformers pipeline with one.
-        method: Name of a method (see :func:`vlm_budget.list_methods`), or a configured instance.
-        budget: ``0.2`` or ``"20%"`` (share of each prompt's visual tokens), ``128`` or ``"128 tokens"`` (per prompt).
-            ``1.0`` leaves the model bit-identical.
-        plan: Exact counts to replay instead of a budget.
+        model: A supported transformers VLM, a PEFT model around one, or a transformers pipeline with one; or one of
+            timm's vision transformers.
+        method: Name of a method (see :func:`vlm_budget.list_methods`), a configured instance, or a list of two: one
+            that acts before the language model and one that acts inside it. None takes the default for the model,
+            chosen from a recorded table; ``handle.reason`` says why.
+        budget: What each prompt may spend: ``0.2`` or ``"20%"`` (share of its visual tokens), ``128`` or
+            ``"128 tokens"``, ``"40% flops"``, ``"80 ms"``, ``"200 MB kv"`` (of the language model's prompt pass). For
+            methods inside the language model, tokens are the mean over its layers. ``1.0`` leaves the model
+            bit-identical.
+        plan: Instead of a budget: exact counts to replay, or a recipe that a search has written, or the path of either.
         positions: ``"packed"`` or ``"original"``, to override the method's position ids (1-D RoPE only).
-        options: Fields of the method, such as ``alpha=0.3`` for ``"hired"``.
+        options: Fields of the methods, such as ``alpha=0.3`` for ``"hired"``; ``merge="token_transforming"`` behind any
+            method that acts before the language model.
 
     Returns:
         The handle, with ``report()``, ``plan()`` and ``undo()``; also a context manager.
@@ -180,19 +200,18 @@ def patch(
     Raises:
         UnsupportedModelError: No family knows the model.
         UnknownNameError: Unknown method or option; the message suggests.
+        OptionError: An option's value is not usable.
         BudgetError: Not a budget.
+        PlanError: A plan that cannot be read, is damaged, or was made for another model.
         PatchError: The combination cannot work.
     """
-    pruner = _pruner(method, options)
-    if (budget is None) == (plan is None):
-        raise BudgetError("pass either a budget, such as budget=0.2, or a plan")
-    if not isinstance(plan, Plan | None):
-        raise PlanError(f"plan must be a Plan, got {type(plan).__name__}. Read one with Plan.load(path).")
-    spend: Budget | Plan = plan if plan is not None else Budget.parse(budget)  # type: ignore[arg-type]
-    if isinstance(spend, Budget):
-        spend.require_token_unit()
+    if is_vit(model):
+        return patch_vit(model, method, budget, **options)  # type: ignore[arg-type]
     outer, base, family = find_family(model)
-    boundary = Boundary(base, family, pruner, spend, _positions(family, pruner, positions))
+    request = read_request(base, family, method, budget, plan, options)
+    boundary = Boundary(base, family, request, position_modes(family, request.methods, positions))
+    if request.reason is not None:
+        _log_default(family, request.methods, request.reason)
     earlier: PatchHandle | None = base.__dict__.get(_HANDLE)
     if earlier is not None:
         earlier.undo()
@@ -214,6 +233,9 @@ def unpatch(model: Any) -> None:
     Raises:
         PatchError: The model is not patched.
     """
+    if is_vit(model):
+        unpatch_vit(model)
+        return
     _, base, _ = find_family(model)
     handle: PatchHandle | None = base.__dict__.get(_HANDLE)
     if handle is None:
@@ -221,103 +243,10 @@ def unpatch(model: Any) -> None:
     handle.undo()
 
 
-def find_family(model: Any) -> tuple[nn.Module, nn.Module, Family]:
-    """The unwrapped model, its inner model, and what is known about its class.
-
-    Raises:
-        UnsupportedModelError: No family matches; the message lists the supported classes.
-    """
-    outer = _unwrap(model)
-    names = {cls.__name__ for cls in type(outer).__mro__}
-    supported: list[str] = []
-    for name in FAMILIES:
-        family: Family = FAMILIES.get(name)()
-        if names.intersection(family.models):
-            return outer, family.base(outer), family
-        supported.append(family.models[0])
-    raise UnsupportedModelError(
-        f"{type(outer).__name__} is not a supported model. Supported: {', '.join(sorted(supported))}."
-    )
-
-
-def layout_of(base: nn.Module, family: Family, inputs: dict[str, Any]) -> VisualLayout:
-    """Where the visual tokens of a processor's output are, without running the model.
-
-    Raises:
-        LayoutError: Prompts and pixels do not fit together, or there are no ``input_ids``.
-    """
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, torch.Tensor):
-        raise LayoutError("a layout needs the processor's input_ids tensor")
-    rows: list[list[VisualItem]] = [[] for _ in range(len(ids))]
-    tokens = family.token_ids(base.config)
-    for modality in family.given_modalities(inputs):
-        items = encoder_items(base, family, modality, inputs)
-        grouped = group_rows(items, (ids == tokens[modality]).sum(1).tolist())
-        if grouped is None:
-            raise LayoutError(
-                f"the prompts hold {(ids == tokens[modality]).sum(1).tolist()} {modality} tokens, the pixels make "
-                f"items of {[item.size for item in items]}"
-            )
-        for row, members in zip(rows, grouped, strict=True):
-            row += members
-    return VisualLayout(tuple(tuple(row) for row in rows))
-
-
-def encoder_items(base: nn.Module, family: Family, modality: Modality, inputs: dict[str, Any]) -> list[VisualItem]:
-    """Layout of one modality from the processor's inputs, read under the names the encoder gives them."""
-    names = list(inspect.signature(getattr(base, family.encoders[modality])).parameters)
-    try:
-        return family.items(base, modality, family.encoder_inputs(modality, inputs, names))
-    except KeyError as missing:
-        raise LayoutError(f"a layout needs {missing} from the processor; got {sorted(inputs)}") from missing
-
-
 def _is_compiled(model: Any) -> bool:
     return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
 
 
-def _unwrap(model: Any) -> nn.Module:
-    # Pipelines and DDP hold the model in an attribute, PEFT behind a method, torch.compile in _orig_mod.
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):
-            model = model.model
-        else:
-            break
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"expected a model or a pipeline, got {type(model).__name__}")
-    return model
-
-
-def _pruner(method: str | Pruner, options: dict[str, Any]) -> Pruner:
-    if isinstance(method, Pruner):
-        if options:
-            raise PatchError(f"options {sorted(options)} go with a method's name; configure the instance instead")
-        return method
-    if not isinstance(method, str):
-        raise UnknownNameError(f"method must be a name or a Pruner, got {type(method).__name__}")
-    cls = PRUNERS.get(method)
-    known = [field.name for field in fields(cls)]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UnknownNameError(f"{method!r} has no option {name!r}.{hint} Options: {', '.join(known)}.")
-    pruner: Pruner = cls(**options)
-    return pruner
-
-
-def _positions(family: Family, pruner: Pruner, override: str | None) -> str:
-    if override not in (None, "packed", "original"):
-        raise PatchError(f"positions must be 'packed' or 'original', got {override!r}")
-    if not family.mrope:
-        return override or pruner.positions
-    if override == "packed":
-        raise PatchError("this model uses M-RoPE, whose positions are two-dimensional: only 'original' makes sense")
-    return "original"
+def _log_default(family: Family, methods: Methods, reason: str) -> None:
+    name = FAMILIES.name_of(type(family))
+    logging.getLogger("vlm_budget").warning("no method named: using %s, the default for %s; %s.", methods, name, reason)

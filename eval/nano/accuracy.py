@@ -1,12 +1,13 @@
 """Accuracy of every method at every budget on nano's held-out pages.
 
 ``python -m vlm_budget.eval.nano.accuracy --out results.json`` measures both published checkpoints; ``--weights``
-adds other trainings. Vision features and attention scores are taken once per page by the library's own observer;
-every method then selects through the library's own :func:`select`, and all questions of a page are answered behind
-one pruned prefix (``packing``). Before anything is measured, the answers of that short cut are held against ``patch``
-and the stock forward; the run stops if they differ.
+adds other trainings. Before anything is measured, the short cut of ``pages`` is held against ``patch`` and the stock
+forward for every method; the run stops if they differ.
 
 Paired differences are taken per question against the mean of the random draws, with standard errors clustered by page.
+Methods inside the language model are compared at the same mean number of visual tokens per decoder layer, with random
+dropping before it, on the first ``--inside-pages`` pages; nano has four layers only, so what a method cannot reach
+there is recorded as infeasible with its reason.
 """
 
 from __future__ import annotations
@@ -16,27 +17,23 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from rich.progress import track
 
 from vlm_budget.budget import Budget
-from vlm_budget.engine.observe import Observer
-from vlm_budget.engine.selection import Observation, Seen, make_plan, select
+from vlm_budget.errors import BudgetError
 from vlm_budget.eval.nano import folder, names
 from vlm_budget.eval.nano.data import TASKS, TEST_SEED, Sample, priors, test_set
-from vlm_budget.eval.nano.modeling import build_processor
-from vlm_budget.eval.nano.packing import answer_logits, encode
+from vlm_budget.eval.nano.pages import Pages, check_short_cut, encode_pages, right
 from vlm_budget.eval.nano.scene import HARD_KINDS
 from vlm_budget.eval.record import environment, write_json
-from vlm_budget.layout import VisualLayout
-from vlm_budget.patching import find_family
+from vlm_budget.eval.statistics import clustered
 from vlm_budget.pruner import Pruner
-from vlm_budget.registry import PRUNERS
+from vlm_budget.registry import MERGES, PRUNERS
 
 if TYPE_CHECKING:
     from transformers import LlavaNextForConditionalGeneration
@@ -45,104 +42,62 @@ BUDGETS = (0.5, 0.3, 0.2, 0.1)
 NEWLINES = ("drop", "keep_all")
 POSITIONS = ("packed", "original")
 RANDOM_DRAWS = 3
+# A second opinion on merging: what becomes of the same selections when the dropped tokens are merged into them.
+MERGED = ("hired", "cls_topk", "random")
+# The papers' layers are of 32; the first one that ranks at all is what corresponds to them in four.
+INSIDE_OPTIONS: dict[str, dict[str, Any]] = {"fastv": {"k": 1}, "dart": {"layer": 1}}
+BOTH = (("hired", "pyramiddrop"), ("divprune", "pyramiddrop"), ("hired", "fastv"))
 
 
-@dataclass(frozen=True, eq=False)
-class Pages:
-    """Held-out pages, encoded once.
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table before it is measured.
 
     Attributes:
-        samples: The pages.
-        tokens: [N, Q, 6] prompts and answers.
-        seen: Per page, what the vision tower showed.
+        name: As the table names it.
+        place: ``"before"`` the language model, ``"inside"`` it, or ``"both"``.
+        make: Newline and position policy to the method or methods.
     """
 
-    samples: list[Sample]
-    tokens: torch.Tensor
-    seen: list[Seen]
+    name: str
+    place: str
+    make: Callable[[str, str], Pruner | list[Pruner]]
 
 
-@torch.no_grad()
-def encode_pages(model: LlavaNextForConditionalGeneration, samples: Sequence[Sample], batch: int = 50) -> Pages:
-    """Run the vision tower under the library's probes, for the needs of all registered methods."""
-    _, base, family = find_family(model)
-    tower = family.tower(base)
-    needs = tuple(dict.fromkeys(need for name in PRUNERS for need in PRUNERS.get(name)().needs(tower)))
-    observer = Observer(base, family, needs)
-    process = build_processor().image_processor
-    probes = observer.attach()
-    seen: list[Seen] = []
-    try:
-        for start in range(0, len(samples), batch):
-            inputs = process(images=[s.image for s in samples[start : start + batch]], return_tensors="pt")
-            keywords = {"pixel_values": inputs["pixel_values"], "image_sizes": inputs["image_sizes"]}
-            encoder: Callable[..., Any] = getattr(base, family.encoders["image"])
-            _, observation = observer.observe("image", encoder, (), keywords)
-            seen += list(_per_page(observation))
-    finally:
-        for probe in probes:
-            probe.detach()
-    return Pages(list(samples), encode([s.questions for s in samples]), seen)
+def entries() -> Iterator[Entry]:
+    """Every registered method, merging behind some of them, and some compositions."""
+    inside = {name: PRUNERS.get(name)(**INSIDE_OPTIONS.get(name, {})) for name in stage_names("decoder")}
+    for name in stage_names("vision"):
+        yield Entry(name, "before", _maker(name))
+        if name in MERGED:
+            for merge in MERGES:
+                yield Entry(f"{name} + {merge}", "before", _maker(name, merge))
+    for name, method in inside.items():
+        yield Entry(name, "inside", _same(method))
+    for before, within in BOTH:
+        yield Entry(f"{before} + {within}", "both", _composed(_maker(before), inside[within]))
 
 
-def _per_page(observation: Observation) -> Iterator[Seen]:
-    for index, (item, features) in enumerate(zip(observation.items, observation.features, strict=True)):
-        yield Seen(item, features, {need: rows[index] for need, rows in observation.attention.items()})
+def _same(method: Pruner) -> Callable[[str, str], Pruner]:
+    return lambda newline, positions: method
 
 
-@torch.no_grad()
-def answers(
-    model: LlavaNextForConditionalGeneration, pages: Pages, pruners: Sequence[Pruner], budget: Budget, batch: int = 50
-) -> torch.Tensor:
-    """[N, Q, V] logits at the answer; page ``i`` is a prompt of its own, pruned by ``pruners[i]``."""
-    needs = pruners[0].needs(find_family(model)[2].tower(model.model))
-    kept = []
-    for seen, pruner in zip(pages.seen, pruners, strict=True):
-        mine = Seen(seen.item, seen.features, {need: seen.attention[need] for need in needs})
-        plan = make_plan(pruner, budget, VisualLayout(((seen.item,),)))
-        kept.append(select(pruner, plan, [[mine]], seen.features.device).keep["image"][0].nonzero().flatten())
-    visual = torch.stack([seen.features[index] for seen, index in zip(pages.seen, kept, strict=True)])
-    renumber = pruners[0].positions == "packed"
-    parts = (visual.split(batch), torch.stack(kept).split(batch), pages.tokens.split(batch))
-    return torch.cat([answer_logits(model, *part, renumber=renumber)[:, :, 0] for part in zip(*parts, strict=True)])
+def _composed(before: Callable[[str, str], Pruner], inside: Pruner) -> Callable[[str, str], list[Pruner]]:
+    return lambda newline, positions: [before(newline, positions), inside]
 
 
-def right(model: LlavaNextForConditionalGeneration, pages: Pages, pruner: Pruner, budget: Budget) -> np.ndarray:
-    """[N, Q] bool, which answers are right."""
-    pruners = [pruner] * len(pages.seen)
-    if isinstance(pruner, PRUNERS.get("random")):
-        # The method draws the same places for every prompt; a fair baseline draws anew for every page.
-        pruners = [replace(pruner, seed=pruner.seed * len(pages.seen) + page) for page in range(len(pages.seen))]
-    found: np.ndarray = (answers(model, pages, pruners, budget).argmax(-1) == pages.tokens[:, :, -1]).numpy()
-    return found
+def stage_names(stage: str) -> list[str]:
+    """Names of the registered methods of a stage."""
+    return [name for name in PRUNERS if PRUNERS.get(name).stage == stage]
 
 
-@torch.no_grad()
-def check_short_cut(model: LlavaNextForConditionalGeneration, pages: Pages) -> float:
-    """Largest logit difference between the packed answers and ``patch`` with the stock forward, on a few pages.
+def _maker(name: str, merge: str | None = None) -> Callable[[str, str], Pruner]:
+    def make(newline: str, positions: str) -> Pruner:
+        stage = None if merge is None else MERGES.get(merge)()
+        pruner: Pruner = PRUNERS.get(name)(newline=newline, positions=positions, merge=stage)
+        return pruner
 
-    Raises:
-        RuntimeError: They differ by more than 1e-4: nothing may be measured.
-    """
-    import vlm_budget
-
-    processor = build_processor()
-    worst = 0.0
-    few = Pages(pages.samples[:3], pages.tokens[:3], pages.seen[:3])
-    for name in PRUNERS:
-        for newline, positions in (("drop", "packed"), ("keep_all", "original")):
-            pruner = PRUNERS.get(name)(newline=newline, positions=positions)
-            expected = answers(model, few, [pruner] * len(few.samples), Budget(0.2))
-            with vlm_budget.patch(model, pruner, 0.2):
-                for page, sample in enumerate(few.samples):
-                    texts = [f"<image> {question.prompt}" for question in sample.questions]
-                    images = [[sample.image]] * len(texts)
-                    inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
-                    logits = model(**inputs, logits_to_keep=1).logits[:, -1]
-                    worst = max(worst, float((logits - expected[page]).abs().max()))
-    if worst > 1e-4:
-        raise RuntimeError(f"the packed answers differ from the patched model's by {worst:.2e}: nothing was measured")
-    return worst
+    return make
 
 
 def groups(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
@@ -154,51 +109,69 @@ def groups(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
     return {"all": np.ones(task.shape, dtype=bool), **clean, "hard": kind != "", **hard}
 
 
-def clustered(values: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """Mean over the questions of a group, and its standard error clustered by page.
-
-    Args:
-        values: [N, Q] per question: right or wrong, or a paired difference.
-        mask: [N, Q] bool, which questions count.
-    """
-    asked, sums = mask.sum(1), (values * mask).sum(1)
-    pages = int((asked > 0).sum())
-    mean = sums.sum() / asked.sum()
-    spread = ((sums - mean * asked) ** 2).sum() * pages / max(pages - 1, 1)
-    return {"mean": round(float(mean), 5), "se": round(float(spread**0.5 / asked.sum()), 5), "n": int(asked.sum())}
-
-
-def measure(model: LlavaNextForConditionalGeneration, samples: Sequence[Sample], label: str) -> dict[str, Any]:
+def measure(
+    model: LlavaNextForConditionalGeneration, samples: Sequence[Sample], label: str, inside_pages: int
+) -> dict[str, Any]:
     """The whole table of one checkpoint."""
-    pages = encode_pages(model, samples)
-    difference = check_short_cut(model, pages)
+    known = list(entries())
+    before = [entry for entry in known if entry.place == "before"]
+    needed = [entry.make("drop", "packed") for entry in before]
+    pages = encode_pages(model, samples, needed)  # type: ignore[arg-type]
+    checked = [entry.make(*policy) for entry in before for policy in (("drop", "packed"), ("keep_all", "original"))]
+    difference = check_short_cut(model, pages, checked)  # type: ignore[arg-type]
     masks = groups(samples)
     full = right(model, pages, PRUNERS.get("random")(positions="original"), Budget(1.0))
     rows: list[dict[str, Any]] = []
     settings = [(b, n, p) for b in BUDGETS for n in NEWLINES for p in POSITIONS]
     for share, newline, positions in track(settings, description=label):
-        common = {"newline": newline, "positions": positions}
         budget = Budget(share)
-        draws = [right(model, pages, PRUNERS.get("random")(seed=s, **common), budget) for s in range(RANDOM_DRAWS)]
-        random = np.mean(draws, 0)
-        for name in PRUNERS:
-            values = random if name == "random" else right(model, pages, PRUNERS.get(name)(**common), budget)
-            rows.append(
-                {
-                    "method": name,
-                    "budget": share,
-                    **common,
-                    "tokens": budget.tokens(pages.seen[0].item.size),
-                    "accuracy": {group: clustered(values, mask) for group, mask in masks.items()},
-                    "minus_random": {group: clustered(values - random, mask) for group, mask in masks.items()},
-                }
-            )
+        policy = {"budget": share, "newline": newline, "positions": positions}
+        random = _random(model, pages, budget, newline, positions)
+        for entry in before:
+            method = entry.make(newline, positions)
+            values = random if entry.name == "random" else right(model, pages, method, budget)
+            rows.append({**_named(entry, method), **policy, **_scores(values, random, masks)})
+    few = pages.first(inside_pages)
+    few_masks = groups(few.samples)
+    for share in track(BUDGETS, description=f"{label}, inside"):
+        random = _random(model, few, Budget(share), "keep_all", "original")
+        for entry in known:
+            if entry.place != "before":
+                method = entry.make("keep_all", "original")
+                row = {**_named(entry, method), "budget": share, "pages": len(few.samples)}
+                try:
+                    rows.append(row | _scores(right(model, few, method, Budget(share)), random, few_masks))
+                except BudgetError as error:
+                    rows.append(row | {"infeasible": str(error)})
     return {
         "checkpoint": label,
+        "methods": [entry.name for entry in known],
         "visual_tokens": pages.seen[0].item.size,
         "short_cut_difference": difference,
         "full": {group: clustered(full, mask) for group, mask in masks.items()},
+        "full_inside": {group: clustered(full[: len(few.samples)], mask) for group, mask in few_masks.items()},
         "rows": rows,
+    }
+
+
+def _random(model: Any, pages: Pages, budget: Budget, newline: str, positions: str) -> np.ndarray:
+    make = PRUNERS.get("random")
+    draws = [
+        right(model, pages, make(seed=s, newline=newline, positions=positions), budget) for s in range(RANDOM_DRAWS)
+    ]
+    mean: np.ndarray = np.mean(draws, 0)
+    return mean
+
+
+def _named(entry: Entry, method: Pruner | list[Pruner]) -> dict[str, Any]:
+    members = [method] if isinstance(method, Pruner) else method
+    return {"method": entry.name, "place": entry.place, "configured": " + ".join(map(str, members))}
+
+
+def _scores(values: np.ndarray, random: np.ndarray, masks: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {
+        "accuracy": {group: clustered(values, mask) for group, mask in masks.items()},
+        "minus_random": {group: clustered(values - random, mask) for group, mask in masks.items()},
     }
 
 
@@ -224,10 +197,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/nano_accuracy.json"))
     parser.add_argument("--images", type=int, default=500, help="pages of six questions each")
+    parser.add_argument("--inside-pages", type=int, default=250, help="of these, for methods inside the language model")
     parser.add_argument("--weights", nargs="*", default=[], metavar="LABEL=DIR", help="further trainings")
+    parser.add_argument("--only", nargs="*", help="of the published checkpoints, these")
     parser.add_argument("--resume", action="store_true", help="keep what the file holds of the same weights and pages")
     arguments = parser.parse_args()
-    folders = {name: folder(name) for name in names()}
+    folders = {name: folder(name) for name in names() if not arguments.only or name in arguments.only}
     folders |= {label: Path(path) for label, path in (pair.split("=", 1) for pair in arguments.weights)}
     samples = test_set(arguments.images)
     masks = groups(samples)
@@ -238,7 +213,8 @@ def main() -> None:
         weights = fingerprint(path)
         if weights not in known:
             model = LlavaNextForConditionalGeneration.from_pretrained(path).eval()
-            known[weights] = measure(model, samples, label) | {"weights": weights, "environment": environment()}
+            found = measure(model, samples, label, arguments.inside_pages)
+            known[weights] = found | {"weights": weights, "environment": environment()}
         measured.append(known[weights] | {"checkpoint": label})
         write_json(
             arguments.out,

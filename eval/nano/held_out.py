@@ -18,6 +18,7 @@ from vlm_budget.eval.nano.packing import (
     vision_features,
 )
 from vlm_budget.eval.nano.scene import HARD_KINDS
+from vlm_budget.eval.statistics import clustered
 
 if TYPE_CHECKING:
     from transformers import LlavaNextForConditionalGeneration
@@ -38,22 +39,6 @@ def score(model: LlavaNextForConditionalGeneration, samples: Sequence[Sample], b
     return torch.cat(rows).numpy()
 
 
-def clustered(right: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """Accuracy and its standard error, clustered by image.
-
-    Args:
-        right: bool ``[N, Q]``, which answers are right.
-        mask: bool ``[N, Q]``, which questions count.
-    """
-    asked, hits = mask.sum(1), (right & mask).sum(1)
-    total, images = int(asked.sum()), int((asked > 0).sum())
-    if images < 2:
-        return {"accuracy": float("nan"), "se": float("nan"), "questions": total}
-    mean = hits.sum() / total
-    spread = float(((hits - mean * asked) ** 2).sum()) * images / (images - 1)
-    return {"accuracy": round(float(mean), 4), "se": round(spread**0.5 / total, 4), "questions": total}
-
-
 def summarise(samples: Sequence[Sample], right: np.ndarray) -> dict[str, dict[str, float]]:
     """Accuracy overall, of each task on clean pages, and of each kind of hard page.
 
@@ -71,5 +56,7 @@ def summarise(samples: Sequence[Sample], right: np.ndarray) -> dict[str, dict[st
     rows = {}
     for name, mask in masks.items():
         chosen = (samples[i].questions[j] for i, j in np.argwhere(mask))
-        rows[name] = clustered(right, mask) | {"prior": round(priors(chosen)["all"], 4)}
+        found = clustered(right, mask)
+        rows[name] = {"accuracy": round(found["mean"], 4), "se": round(found["se"], 4), "questions": found["n"]}
+        rows[name]["prior"] = round(priors(chosen)["all"], 4)
     return rows

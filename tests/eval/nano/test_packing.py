@@ -5,10 +5,10 @@ from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from vlm_budget.eval.nano import data, packing
 from vlm_budget.eval.nano.dropout import TiltedDropout
-from vlm_budget.eval.nano.held_out import clustered
 from vlm_budget.eval.nano.labels import BACKGROUND, MARK_KIND, NO_COLOR, SUMMARY, scene_labels
 from vlm_budget.eval.nano.modeling import VISUAL_TOKENS, VOCAB, build_model, build_processor
 from vlm_budget.eval.nano.scene import make_scene
+from vlm_budget.eval.statistics import clustered
 
 Pair = tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]
 
@@ -126,5 +126,5 @@ def test_patch_labels_say_what_lies_on_the_patch() -> None:
 def test_standard_error_is_clustered_by_image() -> None:
     right = np.array([[True, True], [False, False]] * 50)
     row = clustered(right, np.ones_like(right))
-    assert row["accuracy"] == 0.5
+    assert row["mean"] == 0.5
     assert row["se"] == pytest.approx(0.5 / 99**0.5, abs=1e-3)

@@ -81,7 +81,9 @@ bench: $(CORE)  ## time prefill on the CPU; JSON into $OUT
 
 docs: $(CORE)  ## write the generated tables anew from recorded results
 	$(BIN)/python -m vlm_budget.eval.nano.report
+	$(BIN)/python -m vlm_budget.eval.nano.defaults
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/methods.py
 
 demo: $(CORE)  ## install the small core and show what a budget does
 	$(BIN)/vlm-budget demo

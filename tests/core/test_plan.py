@@ -130,8 +130,8 @@ def test_text_that_is_no_plan_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("future", [{}, {"surprise": 1}, {"items": "elsewhere"}])
 def test_a_plan_of_a_later_version_is_refused_as_such(future: dict[str, Any]) -> None:
-    with pytest.raises(PlanError, match="plan version 2 is not supported, expected 1"):
-        Plan.from_json(broken(version=2, **future))
+    with pytest.raises(PlanError, match=r"plan version 3 is not supported, expected one of \(1, 2\)"):
+        Plan.from_json(broken(version=3, **future))
 
 
 def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
@@ -142,3 +142,43 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00plan")
     with pytest.raises(PlanError, match=r"cannot read plan .*binary\.json"):
         Plan.load(tmp_path / "binary.json")
+
+
+def test_a_plan_of_the_first_version_reads_as_one_without_steps() -> None:
+    old = {
+        "version": 1,
+        "method": "Uniform()",
+        "budget": "25%",
+        "items": [{"row": 0, "modality": "image", "total": 36, "keep": 9}],
+        "rows": 1,
+    }
+    assert Plan.from_json(json.dumps(old)) == Plan("Uniform()", "25%", (ItemPlan(0, "image", 36, 9),), 1)
+
+
+STEPPED = Plan(
+    "FastV()",
+    "40%",
+    (
+        ItemPlan(0, "image", 36, 30, ((2, 9), (4, 0))),
+        ItemPlan(0, "image", 12, 10, ((2, 3),)),
+        ItemPlan(2, "video", 8, 8),
+    ),
+    3,
+)
+
+
+def test_a_plan_with_steps_tells_what_every_layer_sees_and_survives_json() -> None:
+    assert Plan.from_json(STEPPED.to_json()) == STEPPED
+    assert STEPPED.drop_layers == [2, 4]
+    assert STEPPED.row_tokens(0, 6) == [40, 40, 12, 12, 3, 3]
+    assert STEPPED.row_tokens(1, 6) == [0] * 6
+    assert STEPPED.mean_tokens(6) == (40 + 40 + 12 + 12 + 3 + 3 + 8 * 6) / 6
+    assert STEPPED.repeated(2).row_tokens(1, 6) == STEPPED.row_tokens(0, 6)
+
+
+@pytest.mark.parametrize(
+    "steps", [((0, 3),), ((2, 5), (2, 3)), ((3, 5), (2, 3)), ((2, 3), (3, 5)), ((2, 40),), ((2, -1),)]
+)
+def test_steps_that_cannot_be_are_refused(steps: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(PlanError):
+        ItemPlan(0, "image", 36, 30, steps)

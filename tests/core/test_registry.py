@@ -55,7 +55,7 @@ def test_a_misspelt_name_is_answered_with_the_near_ones_and_all(typed: str, mean
 
 def test_a_name_like_no_other_gets_no_suggestion() -> None:
     for ask in (PRUNERS.get, PRUNERS.target):
-        with pytest.raises(UnknownNameError, match="unknown method 'qqq'. Available: cls_topk, ") as caught:
+        with pytest.raises(UnknownNameError, match="unknown method 'qqq'. Available: cdpruner, ") as caught:
             ask("qqq")
         assert "Did you mean" not in str(caught.value)
 
@@ -108,7 +108,8 @@ def test_every_method_loads_and_says_its_stage() -> None:
     for name in list_methods():
         method = PRUNERS.get(name)
         assert issubclass(method, Pruner) and method.stage in ("vision", "decoder")
-        assert method.__module__.rpartition(".")[2] == name  # one method, one file, one stem
+        # One method, one file, one stem; variants of a paper stand beside it, under its name and one of their own.
+        assert name.startswith(method.__module__.rpartition(".")[2])
 
 
 def test_families_are_listed_in_order() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
+from .errors import OptionError
 from .pruner import Positions, Pruner, Selection
 
 if TYPE_CHECKING:
@@ -107,10 +108,31 @@ class DecoderContext:
         """[1] int64, the last column: the token whose prediction comes next."""
         return torch.tensor([self.hidden.shape[0] - 1], device=self.device)
 
+    @property
+    def readers(self) -> torch.Tensor:
+        """Int64 columns of the text that has seen all visual tokens; the last column where no text stands behind them."""
+        behind = self.instruction[self.instruction > self.visual[-1]]
+        return behind if len(behind) else self.last
+
     def attention(self, rows: torch.Tensor) -> torch.Tensor:
         """[H, r, m] float32: how much the queries at ``rows`` look at each candidate."""
         assert self.captured is not None, "the method asked for no scores"
         return self.captured.attention(rows)[..., self.columns]
+
+
+_ROWS = 64  # attention rows held at a time: [H, 64, S] float32
+
+
+def received_from(ctx: DecoderContext, rows: torch.Tensor) -> torch.Tensor:
+    """[m] float32: the attention each candidate gets from the queries at ``rows``, mean over heads and queries."""
+    sums = [ctx.attention(part).sum((0, 1)) for part in rows.split(_ROWS)]
+    assert ctx.captured is not None
+    return torch.stack(sums).sum(0) / (len(rows) * len(ctx.captured.query))
+
+
+def most_attended(ctx: DecoderContext, rows: torch.Tensor, k: int) -> torch.Tensor:
+    """[k] int64 indices of the candidates that the queries at ``rows`` look at most; ties go to the lower index."""
+    return received_from(ctx, rows).argsort(descending=True, stable=True)[:k]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +153,12 @@ class DecoderPruner(Pruner):
     scores: ClassVar[Literal["previous", "own", "none"]] = "previous"
     """Whose queries and keys the method sees: of the layer before the step (free), of the step's own layer computed
     from its full input (one more projection of queries and keys), or of none."""
+
+    def __post_init__(self) -> None:
+        """Check the common fields."""
+        super().__post_init__()
+        if self.newline != "drop" or self.merge is not None:
+            raise OptionError("newline and merge are for methods before the language model; here all visual tokens rank")
 
     @property
     def fixed(self) -> bool:

@@ -91,10 +91,27 @@ PRUNERS = Registry(
     "method",
     "vlm_budget.pruner:Pruner",
     {
+        "cdpruner": "vlm_budget.pruners.cdpruner:CDPruner",
         "cls_topk": "vlm_budget.pruners.cls_topk:ClsTopK",
+        "dart": "vlm_budget.pruners.dart:DART",
+        "divprune": "vlm_budget.pruners.divprune:DivPrune",
+        "fastv": "vlm_budget.pruners.fastv:FastV",
+        "gsearch": "vlm_budget.pruners.gsearch:GSearch",
+        "hiprune": "vlm_budget.pruners.hiprune:HiPrune",
         "hired": "vlm_budget.pruners.hired:HiRED",
+        "holov": "vlm_budget.pruners.holov:HoloV",
+        "mmtok": "vlm_budget.pruners.mmtok:MMTok",
+        "pool": "vlm_budget.pruners.pool:Pool",
+        "prumerge": "vlm_budget.pruners.prumerge:PruMerge",
+        "prumerge_plus": "vlm_budget.pruners.prumerge:PruMergePlus",
+        "psigmoid": "vlm_budget.pruners.psigmoid:PSigmoid",
+        "pyramiddrop": "vlm_budget.pruners.pyramiddrop:PyramidDrop",
         "random": "vlm_budget.pruners.random:Random",
+        "sparsevlm": "vlm_budget.pruners.sparsevlm:SparseVLM",
         "uniform": "vlm_budget.pruners.uniform:Uniform",
+        "visionzip": "vlm_budget.pruners.visionzip:VisionZip",
+        "vispruner": "vlm_budget.pruners.vispruner:VisPruner",
+        "vtw": "vlm_budget.pruners.vtw:VTW",
     },
 )
 
@@ -108,7 +125,7 @@ MERGES = Registry(
 
 VIT_METHODS = Registry(
     "vision transformer method",
-    "vlm_budget.engine.vit:VitMethod",
+    "vlm_budget.vit:VitMethod",
     {
         "token_transforming": "vlm_budget.pruners.vit_token_transforming:VitTokenTransforming",
         "tome": "vlm_budget.pruners.tome:ToMe",

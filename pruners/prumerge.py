@@ -1,0 +1,152 @@
+"""PruMerge and PruMerge+: keep what the class token attends to, and give it what similar tokens say.
+
+LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models, arXiv 2403.15388, from the paper. The
+class token's attention of the last vision layer, all heads taken as one, ranks the tokens. Each kept token adds, before
+the projector, ``sum(attention * feature)`` over the tokens whose keys are most similar to its own, and one extra token
+is that sum over all the dropped ones. PruMerge+ also keeps tokens at a uniform stride.
+
+Where this differs from the paper, and why:
+
+* The paper keeps the outliers of the attention, so that every image has a count of its own, known only after the vision
+  tower has run. Here a count is promised before, so the budget decides; ``adaptive_ratio`` tells what the paper would
+  keep.
+* The extra token is one of the budget, and stands at the place of the highest-ranked dropped token. Where one token is
+  all there is, or nothing is dropped, there is none.
+* PruMerge+ adds every ``int(step / 3)``-th token, ``step = int(1 / ratio)``, about three for each outlier. So here a
+  quarter of the budget goes by attention, and the rest evenly over the tokens that are left.
+* Similarity is the cosine of keys, of other tokens of the same partition, kept or dropped (our reading).
+
+Ours, not the paper's: received attention at the layer the language model reads, in towers without a class token;
+partitions share the budget in proportion to their tokens and are merged each on its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch.nn.functional import normalize
+
+from vlm_budget.allocate import split
+from vlm_budget.errors import OptionError
+from vlm_budget.pruner import Attention, Context, Pruner, Selection, Tower
+from vlm_budget.pruners.token_transforming import project_mix
+from vlm_budget.pruners.uniform import evenly
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruMerge(Pruner):
+    """Top attention, each kept token enriched by its most similar neighbours.
+
+    Attributes:
+        neighbours: How many most similar tokens a kept token adds.
+        layer: Vision layer (0-based) of attention and keys; default the last one.
+    """
+
+    neighbours: int = 32
+    layer: int | None = None
+
+    paper = "arXiv 2403.15388"
+    reads_hidden = True
+    merges = True
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int) or self.neighbours < 0:
+            raise OptionError(f"neighbours must be an int of at least 0, got {self.neighbours!r}")
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int | None):
+            raise OptionError(f"layer must be an int or None, got {self.layer!r}")
+
+    def needs(self, tower: Tower) -> tuple[Attention, ...]:
+        """The class token's row with heads joined (received attention without one), and the keys."""
+        default = tower.layers - 1 if tower.has_cls else tower.feature_layer
+        layer = default if self.layer is None else self.layer
+        return (Attention(layer, "joint_cls" if tower.has_cls else "received"), Attention(layer, "keys"))
+
+    def pick(self, ctx: Context, k: int) -> Selection:
+        """Kept tokens of every partition, and what merges into them."""
+        attention, keys = (ctx.in_token_order(need).to(ctx.device) for need in ctx.attention)
+        item = ctx.item
+        members = [(item.partition == index).nonzero().flatten() for index in range(len(item.partitions))]
+        sizes = [len(tokens) for tokens in members]
+        keep, mixing = [], []
+        for tokens, count in zip(members, split(k, sizes, sizes), strict=True):
+            if count:
+                tokens = tokens.to(ctx.device)
+                kept, weights = self._merged(attention[tokens], keys[tokens], count)
+                keep.append(tokens[kept])
+                mixing.append((tokens, weights))
+        return Selection(torch.cat(keep), project_mix(ctx, mixing))
+
+    def _merged(self, attention: torch.Tensor, keys: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[count] positions in a partition of n tokens, and [count, n] mixing weights."""
+        ranked = attention.argsort(descending=True, stable=True)  # unlike topk, ties go to the earlier everywhere
+        extra = 1 < count < len(ranked)
+        kept = self._kept(ranked, count - extra)
+        weights = neighbour_weights(attention, keys, kept, self.neighbours)
+        if extra:
+            dropped = torch.ones_like(ranked, dtype=torch.bool).index_fill_(0, kept, False)
+            kept = torch.cat([kept, ranked[dropped[ranked].int().argmax()][None]])  # the first of them
+            weights = torch.cat([weights, (attention * dropped)[None]])
+        return kept, weights
+
+    def _kept(self, ranked: torch.Tensor, count: int) -> torch.Tensor:
+        """The ``count`` tokens that stay as they are, from positions ranked by attention."""
+        return ranked[:count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruMergePlus(PruMerge):
+    """PruMerge with evenly spread tokens beside those of high attention.
+
+    Attributes:
+        attended: Share of the kept tokens that is chosen by attention; the rest is spread evenly.
+    """
+
+    attended: float = 0.25
+
+    paper = "arXiv 2403.15388"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        if isinstance(self.attended, bool) or not isinstance(self.attended, Real):
+            raise OptionError(f"attended must be a number in [0, 1], got {self.attended!r}")
+        if not 0 <= self.attended <= 1:
+            raise OptionError(f"attended must lie in [0, 1], got {self.attended}")
+
+    def _kept(self, ranked: torch.Tensor, count: int) -> torch.Tensor:
+        top = int(self.attended * count + 0.5)
+        rest = ranked[top:].sort().values
+        return torch.cat([ranked[:top], rest[evenly(count - top, len(rest)).to(rest.device)]])
+
+
+def neighbour_weights(attention: torch.Tensor, keys: torch.Tensor, kept: torch.Tensor, count: int) -> torch.Tensor:
+    """What each kept token becomes: itself, plus its most similar tokens weighted by their attention (not normalised).
+
+    Args:
+        attention: [n].
+        keys: [n, C].
+        kept: [m] int64 positions.
+        count: Neighbours of a token, itself not counted; all others where there are fewer.
+
+    Returns:
+        [m, n] float32.
+    """
+    unit = normalize(keys.float(), dim=-1)
+    own = torch.zeros(len(kept), len(attention), device=kept.device).scatter_(1, kept[:, None], 1.0)
+    similarity = (unit[kept] @ unit.T).masked_fill(own > 0, -torch.inf)
+    nearest = similarity.argsort(dim=1, descending=True, stable=True)[:, : min(count, len(attention) - 1)]
+    return own.scatter_(1, nearest, attention[nearest])
+
+
+def adaptive_ratio(attention: torch.Tensor) -> float:
+    """The share of tokens the paper would keep: those above ``Q3 + 1.5 * (Q3 - Q1)`` of the attention.
+
+    Args:
+        attention: [n] class attention of one image.
+    """
+    low, high = torch.quantile(attention.float(), attention.new_tensor([0.25, 0.75], dtype=torch.float32))
+    return float((attention > high + 1.5 * (high - low)).float().mean())

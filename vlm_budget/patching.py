@@ -101,8 +101,8 @@ class PatchHandle:
         """
         account, boundary = self._account(), self._boundary
         spend = self.budget
-        budget = "fields" if spend is None else spend.budget if isinstance(spend, Plan) else str(spend)
-        return account.report(str(self.methods), budget, str(boundary.modes))
+        budget = "fields" if spend is None else spend.budget if isinstance(spend, Plan) else spend
+        return account.report(str(self.methods), budget, str(boundary.modes), boundary.chooser.cost())
 
     def kept(self) -> tuple[KeptItem, ...]:
         """Which visual tokens of its last prompt the model saw, per image and video; empty for a text-only prompt.
@@ -137,9 +137,8 @@ class PatchHandle:
         """Put everything in place; a failure on the way takes back what was done."""
         boundary, outer, base = self._boundary, self._outer, self._boundary.base
         family = boundary.family
-        language_model = family.language_model(base)
         try:
-            for probe in boundary.observer.attach():
+            for probe in boundary.attach_probes():
                 self._undo.append(probe.detach)
             watchers = {"image": boundary.watch_image_encoder, "video": boundary.watch_video_encoder}
             taps = [Tap(base, name, watchers[modality]) for modality, name in family.encoders.items()]
@@ -148,12 +147,7 @@ class PatchHandle:
             for tap in taps:
                 tap.attach()
                 self._undo.append(tap.detach)
-            for module, register, hook, options in (
-                (base, "register_forward_pre_hook", boundary.before_base, {}),
-                (base, "register_forward_hook", boundary.after_base, {"always_call": True}),
-                (language_model, "register_forward_pre_hook", boundary.before_language_model, {}),
-                (language_model, "register_forward_hook", boundary.after_language_model, {"always_call": True}),
-            ):
+            for module, register, hook, options in boundary.hooks():
                 self._undo.append(getattr(module, register)(hook, with_kwargs=True, **options).remove)
             base.__dict__[_HANDLE] = self
             self._undo.append(self._forget)

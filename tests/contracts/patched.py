@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -29,7 +29,7 @@ class Prefill:
     """One forward of a patched model over a whole prompt.
 
     Attributes:
-        rows: The unpruned prompts.
+        rows: The unpruned prompts; behind merging methods with the embeddings that the kept columns were given.
         columns: Per prompt, the columns (padding left out) that the language model saw.
         logits: Per prompt, [n, V] logits in the caller's columns, padding left out.
     """
@@ -50,8 +50,37 @@ def forward(handle: PatchHandle, inputs: dict[str, Any], full: list[Row], **opti
     shortened = calls[0]["inputs_embeds"]
     assert shortened.shape[1] == max(lengths), "the compacted length is not text plus promised tokens"
     seen = physical_rows(calls[0], lengths, right=not bool(valid[:, -1].all()))
-    columns = [kept_columns(row, embeds) for row, embeds in zip(full, seen, strict=True)]
+    if merges(handle):
+        columns = told_columns(handle, full)
+        full = [merged_row(*parts) for parts in zip(full, columns, seen, strict=True)]
+    else:
+        columns = [kept_columns(row, embeds) for row, embeds in zip(full, seen, strict=True)]
     return Prefill(full, columns, [part[mask] for part, mask in zip(logits, valid, strict=True)])
+
+
+def merges(handle: PatchHandle) -> bool:
+    """Kept tokens get embeddings of their own, so that a column cannot be told by its embedding."""
+    return handle.method.merges or handle.method.merge is not None
+
+
+def told_columns(handle: PatchHandle, full: list[Row]) -> list[list[int]]:
+    """Per prompt, the columns that the handle says were kept, text included."""
+    found = []
+    for index, row in enumerate(full):
+        visual, start = row.visual.nonzero().flatten(), 0
+        columns = (~row.visual).nonzero().flatten().tolist()
+        for item in (item for item in handle.kept() if item.row == index):
+            columns += visual[torch.tensor(item.positions) + start].tolist()
+            start += item.item.size
+        found.append(sorted(columns))
+    return found
+
+
+def merged_row(row: Row, columns: list[int], embeds: torch.Tensor) -> Row:
+    """The unpruned row with merged embeddings in the kept columns; its text must be what it was."""
+    text = ~row.visual[columns]
+    assert torch.equal(embeds[text], row.embeds[columns][text]), "a text token was changed"
+    return replace(row, embeds=row.embeds.index_copy(0, torch.tensor(columns), embeds))
 
 
 def kept_per_row(handle: PatchHandle, count: int) -> list[int]:

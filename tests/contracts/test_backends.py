@@ -12,11 +12,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import vlm_budget
 from tiny_parts import row_inputs
 
-from .conftest import BUDGET, Case, case
+from .conftest import BUDGET, VISION, Case, case
 from .patched import DECODED, TOLERANCE, forward, generate, unpatched_or_skip
 from .reference import rows
 
-METHODS = vlm_budget.list_methods()
 FLASH = "flash_attention_2"
 
 
@@ -113,7 +112,7 @@ def test_beams_on_two_dimensional_masks(generating_case: Case, flash: None) -> N
         assert beams() == expected
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", VISION)
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl"])
 def test_every_method_keeps_the_same_tokens_on_every_backend(name: str, method: str, flash: None) -> None:
     tiny = case(name).tiny
@@ -196,7 +195,7 @@ def test_patching_forgets_compiled_code_of_compiled_models_only(
         assert len(resets) == 1
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", VISION)
 def test_half_precision(llava_case: Case, method: str) -> None:
     tiny = llava_case.tiny
     model = tiny.model.to(torch.bfloat16)

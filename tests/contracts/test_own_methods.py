@@ -13,7 +13,7 @@ from tiny_parts import Tiny
 from vlm_budget import Pruner, Selection, SelectionError
 from vlm_budget.pruner import Context
 
-from .conftest import BUDGET, TOKENS, Case, fresh
+from .conftest import BUDGET, TOKENS, VISION, Case, fresh
 from .patched import TOLERANCE, compacted, forward, generate, kept_per_row
 from .reference import Row, greedy, language_model, recorded, rows
 
@@ -143,7 +143,7 @@ def newline_flags(tiny: Tiny, row: Row) -> torch.Tensor:
     return (row.embeds == tiny.model.model.image_newline).all(-1)
 
 
-@pytest.mark.parametrize("method", vlm_budget.list_methods())
+@pytest.mark.parametrize("method", VISION)
 @pytest.mark.parametrize("policy", ["drop", "keep_all", "keep_used_rows"])
 @pytest.mark.parametrize("name", NEWLINES)
 def test_newline_policies(name: str, policy: str, method: str) -> None:
@@ -153,7 +153,7 @@ def test_newline_policies(name: str, policy: str, method: str) -> None:
         found = forward(handle, tiny.clone(), full)
         kept = handle.kept()
         per_row = kept_per_row(handle, len(full))
-    for index, (row, columns) in enumerate(zip(full, found.columns, strict=True)):
+    for index, (row, columns) in enumerate(zip(found.rows, found.columns, strict=True)):
         newline = newline_flags(tiny, row)
         assert newline.any()
         assert int(row.visual[columns].sum()) == per_row[index]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from ..budget import Budget
+from ..cost import CostModel
 from ..layout import Modality, VisualLayout
+from ..payoff import Batch, Measured, forecast, warnings_for
 from ..plan import Plan
 from ..report import KeptItem, Report
 from .cache import cache_state
 from .clock import Interval, total_ms
+from .run import DropRun
 
-STAGES = ("encode", "probe", "select", "compact", "prefill", "decode", "translate")
+STAGES = ("encode", "probe", "select", "compact", "prefill", "drop", "decode", "translate")
 
 
 @dataclass(eq=False)
@@ -24,20 +29,33 @@ class Account:
         plan: Set once counts are known.
         layout: Set with it: the items the counts are for.
         keep: Set with it: per modality, [R, V] bool over a prompt's visual tokens of that modality in order.
+        text: Set with it: counts the text tokens per prompt, None for a further turn on a filled cache.
+        rows: Batch rows of the language model's call.
+        steps: Per decoder layer at which tokens were dropped, per prompt, per item, the positions left.
         stages: Measured intervals per stage.
-        kv: Bytes of one cache column of the whole batch, physical and virtual columns after the prompt.
+        kv: Bytes that the prompt takes in the cache, and those it would take unpruned.
     """
 
     plan: Plan | None = None
     layout: VisualLayout | None = None
     keep: dict[Modality, torch.Tensor] = field(default_factory=dict)
+    text: Callable[[], list[int]] | None = None
+    rows: int = 1
+    steps: dict[int, list[list[torch.Tensor]]] = field(default_factory=dict)
     stages: dict[str, list[Interval]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
-    kv: tuple[int, int, int] = (0, 0, 0)
+    kv: tuple[int, int] = (0, 0)
 
     def note_cache(self, cache: Any, virtual: int) -> None:
         """Remember the cache's size after the prompt, ``virtual`` columns long in the caller's eyes."""
-        state = cache_state(cache)
-        self.kv = (column_bytes(cache), virtual - (state.delta if state else 0), virtual)
+        state, column = cache_state(cache), column_bytes(cache)
+        physical = [virtual - (state.delta + state.missing(layer) if state else 0) for layer in range(len(column))]
+        self.kv = (sum(a * b for a, b in zip(column, physical, strict=True)), sum(column) * virtual)
+
+    def note_drops(self, run: DropRun) -> None:
+        """Remember what was dropped inside the language model, and the time it took."""
+        self.stages["drop"] += run.intervals
+        for layer, prompts in run.kept:
+            self.steps[layer] = [[item.alive for item in prompt.items] for prompt in prompts]
 
     def kept(self) -> tuple[KeptItem, ...]:
         """Kept positions per item, in plan order. Reads the selection off the device."""
@@ -45,18 +63,45 @@ class Account:
         flags = {modality: table.cpu() for modality, table in self.keep.items()}
         for row, items in enumerate(self.layout.rows if self.layout else ()):
             start: dict[Modality, int] = dict.fromkeys(flags, 0)
-            for item in items:
+            for order, item in enumerate(items):
                 begin = start[item.modality]
                 start[item.modality] = stop = begin + item.size
                 kept = flags[item.modality][row, begin:stop].nonzero().flatten()
-                found.append(KeptItem(row, item, tuple(kept.tolist())))
+                steps = tuple((layer, tuple(left[row][order].tolist())) for layer, left in sorted(self.steps.items()))
+                found.append(KeptItem(row, item, tuple(kept.tolist()), steps))
         return tuple(found)
 
-    def report(self, method: str, budget: str, positions: str) -> Report:
-        """The account as a report. Waits for the device if it is still at work."""
+    def report(self, method: str, budget: Budget | str, positions: str, cost: CostModel) -> Report:
+        """The account as a report. Waits for the device if it is still at work.
+
+        Args:
+            method: The methods.
+            budget: What each prompt could spend, or in words what decided instead.
+            positions: The position ids in use.
+            cost: Prices of the model.
+        """
+        bare = self._bare_report(method, str(budget), positions)
+        if self.plan is None or self.layout is None or self.text is None or not self.plan.items:
+            return bare
+        seen = Measured(
+            encode_ms=bare.encode_ms,
+            probe_ms=bare.probe_ms,
+            select_ms=bare.select_ms,
+            compact_ms=bare.compact_ms,
+            prefill_ms=bare.prefill_ms,
+            drop_ms=bare.drop_ms,
+            decode_ms=(bare.decode_ms_per_token or 0) * bare.decode_steps,
+            decode_steps=bare.decode_steps,
+            rows=self.rows,
+            kv_bytes=bare.kv_bytes,
+        )
+        batch = Batch(cost, self.plan, self.layout, self.text())
+        found = forecast(batch, budget if isinstance(budget, Budget) else None, seen)
+        return replace(bare, forecast=found, warnings=warnings_for(batch, found, seen))
+
+    def _bare_report(self, method: str, budget: str, positions: str) -> Report:
         ms = {stage: total_ms(intervals) for stage, intervals in self.stages.items()}
         steps = len(self.stages["decode"])
-        column, physical, virtual = self.kv
         return Report(
             method=method,
             budget=budget,
@@ -67,19 +112,19 @@ class Account:
             select_ms=ms["select"],
             compact_ms=ms["compact"],
             prefill_ms=ms["prefill"],
+            drop_ms=ms["drop"],
             decode_steps=steps,
             decode_ms_per_token=(ms["decode"] + ms["translate"]) / steps if steps else None,
-            kv_bytes=column * physical,
-            kv_bytes_unpruned=column * virtual,
+            kv_bytes=self.kv[0],
+            kv_bytes_unpruned=self.kv[1],
         )
 
 
-def column_bytes(cache: Any) -> int:
-    """Bytes one column takes over all layers and batch rows, read off the tensors a cache holds."""
-    total = 0
+def column_bytes(cache: Any) -> list[int]:
+    """Bytes one column takes per layer, over all batch rows, read off the tensors a cache holds."""
+    sizes: list[int] = []
     for layer in getattr(cache, "layers", ()):
-        for name in ("keys", "values"):
-            tensor = getattr(layer, name, None)
-            if tensor is not None and tensor.ndim == 4:
-                total += tensor.shape[0] * tensor.shape[1] * tensor.shape[3] * tensor.element_size()
-    return total
+        tensors = [getattr(layer, name, None) for name in ("keys", "values")]
+        held = [t for t in tensors if t is not None and t.ndim == 4]
+        sizes.append(sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in held))
+    return sizes

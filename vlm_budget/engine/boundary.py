@@ -1,13 +1,14 @@
 """The cut at the language-model boundary.
 
 The outer model runs as released, in the caller's coordinates: placeholders, scattered features, M-RoPE positions, 2-D
-masks, logits, labels. A pre-hook of the inner language model gathers the kept columns; a hook maps the output back; the
-cache answers in the caller's coordinates outside (see ``cache``). Everything a call has to remember is thread-local, so
-one patched model serves concurrent calls.
+masks, logits, labels. A pre-hook of the inner language model gathers the kept columns (``shorten``); its layers may
+drop more (``layers``); a hook maps the output back; the cache answers in the caller's coordinates outside (``cache``).
+Everything a call has to remember is thread-local, so one patched model serves concurrent calls.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,20 +16,26 @@ import torch
 from torch import nn
 
 from ..budget import Budget
-from ..errors import LayoutError, PatchError, SelectionError
+from ..errors import PatchError
 from ..families.base import Family
 from ..layout import Modality, VisualLayout
 from ..plan import Plan
-from ..pruner import Pruner
+from ..request import PositionModes, Request
 from .account import Account
-from .arguments import full_positions, grow_output, past_columns, renumber_cache_position, shorten_deepstack
-from .cache import CacheState, cache_state, set_cache_state, static_widths
+from .arguments import grow_output
+from .cache import CacheState, cache_state, set_cache_state
+from .choice import Choice, Chooser
 from .clock import Interval
-from .compact import Compaction, compact, packed_positions
+from .compact import Compaction
+from .layers import Hook, LayerDropper
 from .local import CallLocal, RunningThreads
-from .masks import compact_square, is_square, new_columns_valid, padding_mask
-from .observe import Observer, bound_arguments
-from .selection import Observation, PromptSelection, make_plan, seen_rows, select, tie_observation, tied_observations
+from .masks import is_square
+from .observe import AttachedInput, Observer, bound_arguments
+from .probes import AttachedProbe
+from .prompts import Prompts, Rows, prompt_tokens
+from .run import DropRun, Entered
+from .selection import tie_observation, tied_observations
+from .shorten import LanguageCall, kept_columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,63 +49,82 @@ class Pending:
     earlier: CacheState | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """A selection and what it was made for."""
-
-    observations: list[Observation]
-    counts: dict[Modality, list[int]]
-    selection: PromptSelection
-
-    def fits(self, observations: list[Observation], counts: dict[Modality, list[int]]) -> bool:
-        same = all(any(o is mine for mine in self.observations) for o in observations)
-        return same and counts == self.counts
-
-
 class Boundary:
-    """Prunes at the language-model boundary of one model.
+    """Prunes one model at the language-model boundary, and at its decoder layers.
 
     Args:
         base: The model that holds vision tower and language model (``LlavaModel`` inside ``LlavaFor…``).
         family: What is known about its class.
-        pruner: The method.
-        budget: What a prompt may spend, or a plan to replay.
-        positions: ``"packed"`` or ``"original"``.
+        request: Methods, and what a prompt may spend.
+        modes: Position ids of kept tokens.
+
+    Raises:
+        PatchError: A method needs what the model does not have, or drops at layers that cannot be shortened.
     """
 
-    def __init__(self, base: nn.Module, family: Family, pruner: Pruner, budget: Budget | Plan, positions: str) -> None:
+    def __init__(self, base: nn.Module, family: Family, request: Request, modes: PositionModes) -> None:
         self.base = base
         self.family = family
-        self.pruner = pruner
-        self.budget = budget
-        self.positions = positions
-        whole = isinstance(budget, Budget) and budget.unit == "ratio" and budget.amount == 1
-        needs = () if whole else pruner.needs(family.tower(base))
-        self.observer = Observer(base, family, needs)
+        self.request = request
+        self.modes = modes
+        vision, decoder, spend = request.methods.vision, request.methods.decoder, request.spend
+        self.packed = vision is not None and modes.vision == "packed"
+        watch = not (isinstance(spend, Budget) and spend.unit == "ratio" and spend.amount == 1)
+        needs = vision.all_needs(family.tower(base)) if vision is not None and watch else ()
+        self.observer = Observer(base, family, needs, hidden=vision is not None and watch and vision.wants_hidden)
+        self.dropper: LayerDropper | None = None
+        if decoder is not None:
+            plan = spend if isinstance(spend, Plan) else None
+            self.dropper = LayerDropper(base, family, decoder, modes.decoder, watch, plan)
+        self.chooser = Chooser(base, family, request, self.observer, self.dropper)
         self.account: Account | None = None
         self.running = RunningThreads()
         self._local = CallLocal()
 
+    def attach_probes(self) -> list[AttachedProbe | AttachedInput]:
+        """Probe what the methods look at; the caller owns the undoing."""
+        probes = self.observer.attach()
+        try:
+            return [*probes, *(self.dropper.attach() if self.dropper is not None else ())]
+        except BaseException:
+            for probe in reversed(probes):
+                probe.detach()
+            raise
+
+    def plan_for(self, layout: VisualLayout, text: Sequence[int]) -> Plan:
+        """The counts for a batch.
+
+        Args:
+            layout: Its items.
+            text: Its text tokens per prompt.
+        """
+        return self.chooser.plan_for(layout, text)
+
+    def hooks(self) -> list[Hook]:
+        """Module, name of the registering method, hook and options of every hook, in the order of registration."""
+        decoder = self.family.language_model(self.base)
+        return [
+            (self.base, "register_forward_pre_hook", self.before_base, {}),
+            (self.base, "register_forward_hook", self.after_base, {"always_call": True}),
+            (decoder, "register_forward_pre_hook", self.before_language_model, {}),
+            (decoder, "register_forward_hook", self.after_language_model, {"always_call": True}),
+            *(self.dropper.hooks() if self.dropper is not None else ()),
+        ]
+
     # --- watched methods -------------------------------------------------------------------------------------------
 
     def watch_generate(self, call: Any, args: Any, kwargs: Any) -> Any:
-        """Around ``generate``: remember the prompts' placeholders, which chunked prefill never shows as a whole."""
+        """Around ``generate``: remember the prompts, which chunked prefill never shows as a whole."""
         local = self._local
-        earlier = [getattr(local, name, None) for name in ("counts", "prompts", "prompt_length")]
-        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        known = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() > 0
-        past = _length(kwargs.get("past_key_values"))
-        # A further turn may bring the whole conversation; what the cache holds is not read again.
-        fresh = ids[:, past:] if known and past < ids.shape[1] else ids
-        local.counts = self._count_placeholders(fresh) if known else None
-        local.prompts, local.prompt_length = ids.shape if known else (0, 0)
+        earlier = getattr(local, "generating", None)
+        local.generating = Prompts.of_generate(args, kwargs, _length(kwargs.get("past_key_values")))
         # Features given here lose their ties when generate cuts them into chunks.
         local.latest, local.selection = tied_observations(kwargs), None
         self._open_account()
         try:
             return call(*args, **kwargs)
         finally:
-            local.counts, local.prompts, local.prompt_length = earlier
+            local.generating = earlier
             local.latest, local.selection = {}, None
 
     def watch_image_encoder(self, call: Any, args: Any, kwargs: Any) -> Any:
@@ -137,12 +163,13 @@ class Boundary:
         if args:
             kwargs = bound_arguments(module.forward, args, kwargs)
         local.visual, local.outer_mask = {}, kwargs.get("attention_mask")
-        tied = tied_observations(kwargs)
-        if not self._generating:
+        cached, tied = _length(kwargs.get("past_key_values")), tied_observations(kwargs)
+        if self._generating is None:
             local.latest = {}
-            if _length(kwargs.get("past_key_values")) == 0:
+            if cached == 0:
                 self._open_account()
         local.latest = {**local.latest, **tied}
+        local.given = Prompts.of_forward(kwargs, cached)
         ids = kwargs.get("input_ids")
         for modality in self.family.given_modalities(kwargs):
             local.visual[modality] = self._placeholders(modality, ids, kwargs.get("inputs_embeds"))
@@ -151,8 +178,8 @@ class Boundary:
     def after_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forget this call, also after an exception."""
         local = self._local
-        local.visual, local.outer_mask = {}, None
-        if not self._generating:
+        local.visual, local.outer_mask, local.given = {}, None, None
+        if self._generating is None:
             local.latest, local.selection = {}, None
 
     # --- language model --------------------------------------------------------------------------------------------
@@ -167,14 +194,20 @@ class Boundary:
             return None
         self.running.enter()
         earlier = cache_state(cache)
-        visual = getattr(local, "visual", {})
-        selection = self._selection(visual, cache, embeds) if visual else None
+        visual = {modality: mask.to(embeds.device) for modality, mask in getattr(local, "visual", {}).items()}
+        known = self._selection(visual, cache, embeds) if visual else None
         prompt = self._is_prompt(cache, visual)
-        if (selection is None or selection.keeps_all) and earlier is None:
+        if (known is None or known.keeps_all) and earlier is None:
             local.pending = Pending(Interval(embeds.device), prompt)
             return None
         interval = Interval(embeds.device)
-        new, state, compaction = self._shorten(kwargs, selection, visual, earlier)
+        call = LanguageCall.read(kwargs, getattr(local, "outer_mask", None), _length(cache), earlier)
+        state, compaction, rows = None, None, None
+        if known is None:
+            new = call.continued(self.packed)
+        else:
+            new, state, compaction, rows = self._shorten(call, known, visual)
+        self._enter_layers(call, new, known, visual, compaction, rows)
         self._account().stages["compact" if prompt else "translate"].append(interval.stop())
         local.pending = Pending(Interval(embeds.device), prompt, state, compaction, earlier)
         if earlier is not None:
@@ -186,6 +219,7 @@ class Boundary:
         """Map the output back to the caller's columns and hand the cache its state."""
         local = self._local
         pending: Pending | None = getattr(local, "pending", None)
+        run = self.dropper.leave() if self.dropper is not None else None
         local.pending = None
         self.running.leave()
         if pending is None:
@@ -197,15 +231,76 @@ class Boundary:
         account = self._account()
         account.stages["prefill" if pending.prompt else "decode"].append(pending.interval.stop())
         interval = Interval(output.last_hidden_state.device)
+        state, compaction = pending.state, pending.compaction
+        if run is not None:
+            run.finish(output)
+            account.note_drops(run)
+            state = run.state(state, compaction) if state is not None and compaction is not None else None
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and pending.state is not None:
-            set_cache_state(cache, pending.state)
+        if cache is not None and state is not None:
+            set_cache_state(cache, state)
         if cache is not None and pending.prompt:
             account.note_cache(cache, _length(cache))
-        if pending.compaction is not None:
-            grow_output(output, pending.compaction)
+        if compaction is not None:
+            grow_output(output, compaction)
             account.stages["compact" if pending.prompt else "translate"].append(interval.stop())
         return output
+
+    def _shorten(
+        self, call: LanguageCall, known: Choice, visual: dict[Modality, torch.Tensor]
+    ) -> tuple[dict[str, Any], CacheState, Compaction, Rows]:
+        """The language model's arguments in physical columns, what its cache will hold, and how it was done."""
+        extra, columns = 0, None
+        if known.drops_inside:
+            assert self.dropper is not None, "the plan was checked"
+            self.dropper.require_droppable(call.cache)
+            length = call.embeds.shape[1]
+            self._prompts.require_whole(call.past, length)
+            extra = self._prompts.extra(call.past, length)
+            columns = torch.stack(list(visual.values())).any(0)
+        selection = known.selection
+        keep, embeds = kept_columns(selection, visual, call.embeds)
+        promised = [item.keep for item in selection.plan.items]
+        vision = self.request.methods.vision
+        compaction, tail, rows = call.compaction(keep, selection.kept, promised, columns, extra, vision)
+        return *call.shortened(embeds, compaction, tail, self.packed), compaction, rows
+
+    def _enter_layers(
+        self,
+        call: LanguageCall,
+        new: dict[str, Any],
+        known: Choice | None,
+        visual: dict[Modality, torch.Tensor],
+        compaction: Compaction | None,
+        rows: Rows | None,
+    ) -> None:
+        """Make ready for the layers that drop tokens, or hold fewer since an earlier call."""
+        groups = call.earlier.groups if call.earlier is not None else ()
+        drops = known is not None and known.drops_inside
+        if not groups and not drops:
+            return
+        if self.dropper is None:
+            raise PatchError(
+                "tokens of this cache were dropped inside the language model, under another patch. Patch the model "
+                "with that method again, or start from a new cache."
+            )
+        prompts = ()
+        if drops:
+            assert known is not None and compaction is not None and rows is not None
+            slots = {m: compaction.take(mask) & compaction.valid for m, mask in visual.items()}
+            prompts = prompt_tokens(known.plan, known.layout, known.selection, slots, rows)
+        entered = Entered(
+            embeds=new["inputs_embeds"],
+            positions=new["position_ids"],
+            valid=call.valid if compaction is None else compaction.valid,
+            right_padded=rows is not None and rows.right_padded,
+            square=is_square(call.kwargs.get("attention_mask")),
+            past_valid=call.past_valid,
+            added=call.added,
+            groups=groups,
+            prompts=prompts,
+        )
+        self.dropper.enter(DropRun(self.dropper, entered))
 
     # --- pieces ----------------------------------------------------------------------------------------------------
 
@@ -213,8 +308,16 @@ class Boundary:
     def _device(self) -> torch.device:
         return next(self.base.parameters()).device
 
-    def _count_placeholders(self, ids: torch.Tensor) -> dict[Modality, list[int]]:
-        return {m: (ids == token).sum(-1).tolist() for m, token in self.family.token_ids(self.base.config).items()}
+    @property
+    def _generating(self) -> Prompts | None:
+        """What the ``generate`` in progress was given."""
+        generating: Prompts | None = getattr(self._local, "generating", None)
+        return generating
+
+    @property
+    def _prompts(self) -> Prompts:
+        """What ``generate`` was given, or the forward in progress."""
+        return self._generating or self._local.given
 
     def _placeholders(self, modality: Modality, ids: Any, embeds: Any) -> torch.Tensor:
         token = self.family.token_ids(self.base.config)[modality]
@@ -224,78 +327,30 @@ class Boundary:
         vector = embedding(torch.tensor(token, device=embeds.device))
         return (embeds == vector).all(-1)
 
-    def _selection(self, visual: dict[Modality, torch.Tensor], cache: Any, embeds: torch.Tensor) -> PromptSelection:
+    def _selection(self, visual: dict[Modality, torch.Tensor], cache: Any, embeds: torch.Tensor) -> Choice:
+        """The choice for the prompts at hand, made when their first columns arrive."""
         local = self._local
         # A chunk of a chunked prefill may show one modality only; the selection covers all that were encoded.
-        observations = [self._observation(modality) for modality in visual]
-        observations = list({**getattr(local, "latest", {}), **{o.modality: o for o in observations}}.values())
-        counts = self._row_counts(observations, visual)
-        known: _Known | None = getattr(local, "selection", None)
+        observations = [self.chooser.observation(local.latest, modality) for modality in visual]
+        observations = list({**local.latest, **{o.modality: o for o in observations}}.values())
+        counts = self.chooser.row_counts(observations, visual, self._generating)
+        known: Choice | None = getattr(local, "selection", None)
         if known is not None and known.fits(observations, counts):
             if _length(cache) == 0:
                 known.selection.rewind()
-            return known.selection
+            return known
         interval = Interval(embeds.device)
-        rows = seen_rows(observations, counts, self.observer.needs)
-        copies = self._copies(len(rows))
-        layout = VisualLayout(tuple(tuple(seen.item for seen in row) for row in rows[::copies]))
-        plan = self._plan(layout)
-        selection = select(self.pruner, plan.repeated(copies), rows, embeds.device)
+        choice = self.chooser.choose(observations, counts, self._prompts, visual, embeds.device)
         account = self._account()
-        account.plan, account.layout = plan, layout
-        account.keep = {modality: table[::copies] for modality, table in selection.keep.items()}
+        account.plan, account.layout, account.keep = choice.plan, choice.layout, choice.keep
+        account.text, account.rows = choice.text, len(embeds)
         account.stages["select"].append(interval.stop())
-        local.selection = _Known(observations, counts, selection)
-        return selection
-
-    def _observation(self, modality: Modality) -> Observation:
-        local = self._local
-        seen: Observation | None = local.latest.get(modality)
-        if seen is None:
-            raise LayoutError(
-                f"the {modality} features of this call were not encoded by this patched model, so no scores belong to "
-                "them. Encode them with the patched model, or pass pixel inputs."
-            )
-        if any(need not in seen.attention for need in self.observer.needs):
-            raise LayoutError(
-                f"the {modality} features of this call were encoded under another patch, and lack the scores that "
-                f"{self.pruner} needs. Encode them anew, or pass pixel inputs."
-            )
-        return seen
-
-    def _row_counts(
-        self, observations: list[Observation], visual: dict[Modality, torch.Tensor]
-    ) -> dict[Modality, list[int]]:
-        counts: dict[Modality, list[int]] | None = getattr(self._local, "counts", None)
-        totals = {o.modality: sum(item.size for item in o.items) for o in observations}
-        if counts is None or any(sum(counts[m]) != total for m, total in totals.items()):
-            counts = {m: mask.sum(1).tolist() for m, mask in visual.items()}
-        result = {}
-        for modality, total in totals.items():
-            rows = counts.get(modality) or [0] * len(next(iter(counts.values())))
-            # Features encoded once serve k equal rows when generate repeats a prompt for beams or return sequences.
-            copies = sum(rows) // total if total and sum(rows) % total == 0 else 1
-            result[modality] = rows[:: max(copies, 1)]
-        return result
-
-    def _copies(self, rows: int) -> int:
-        """How often ``generate`` repeated every prompt, pixels included, as it does up to transformers 4.x."""
-        prompts = getattr(self._local, "prompts", None)
-        return rows // prompts if prompts and rows % prompts == 0 else 1
-
-    def _plan(self, layout: VisualLayout) -> Plan:
-        if isinstance(self.budget, Plan):
-            self.budget.row_counts(layout.row_sizes())
-            return self.budget
-        return make_plan(self.pruner, self.budget, layout)
-
-    @property
-    def _generating(self) -> bool:
-        return getattr(self._local, "prompt_length", None) is not None
+        local.selection = choice
+        return choice
 
     def _is_prompt(self, cache: Any, visual: Any) -> bool:
-        done = _length(cache)
-        return done == 0 or bool(visual) or done < (getattr(self._local, "prompt_length", None) or 0)
+        done, generating = _length(cache), self._generating
+        return done == 0 or bool(visual) or (generating is not None and done < generating.length)
 
     def _open_account(self) -> Account:
         self.account = self._local.account = Account()
@@ -303,94 +358,6 @@ class Boundary:
 
     def _account(self) -> Account:
         return getattr(self._local, "account", None) or self._open_account()
-
-    def _shorten(
-        self,
-        kwargs: dict[str, Any],
-        selection: PromptSelection | None,
-        visual: dict[Modality, torch.Tensor],
-        earlier: CacheState | None,
-    ) -> tuple[dict[str, Any], CacheState | None, Compaction | None]:
-        """The language model's keyword arguments in physical coordinates."""
-        new = dict(kwargs)
-        embeds, cache, mask = kwargs["inputs_embeds"], kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        batch, length = embeds.shape[:2]
-        device = embeds.device
-        past = _length(cache)
-        outer = getattr(self._local, "outer_mask", None)
-        valid = (
-            new_columns_valid(mask, outer, batch, length, device)
-            if past == 0
-            else new_columns_valid(padding_mask(mask, outer), None, batch, length, device)
-        )
-        past_valid, columns = past_columns(earlier, padding_mask(mask, outer), past, length, batch, device)
-        shift = earlier.shift.to(device) if earlier is not None else torch.zeros(batch, dtype=torch.long, device=device)
-        positions = full_positions(kwargs.get("position_ids"), past, batch, length, device)
-
-        if selection is None:
-            lowered = positions - shift[:, None] if self.positions == "packed" else positions
-            new["position_ids"] = lowered
-            new["attention_mask"] = torch.cat([past_valid, valid], 1).long()
-            renumber_cache_position(new, past_valid.shape[1], length, device)
-            return new, None, None
-
-        keep, embeds = self._kept_columns(selection, visual, embeds)
-        since = past if earlier is None else earlier.tail.to(device) + past - earlier.virtual_length
-        compaction, tail = self._compaction(selection, keep & valid, valid, since)
-        # Padding slots keep a dropped token's embedding: StaticCache counts its non-zero keys up to transformers 4.x.
-        new["inputs_embeds"] = compaction.take(embeds)
-        new["position_ids"], shift = self._new_positions(positions, compaction, valid, shift)
-        shorten_deepstack(new, compaction)
-        whole = torch.cat([past_valid, compaction.valid], 1)
-        # Never None: without a mask transformers reads gaps in position ids as packed sequences, and blocks attention.
-        before = (past_valid, columns, past) if past else None
-        new["attention_mask"] = (
-            compact_square(mask, compaction, static_widths(cache), before) if is_square(mask) else whole.long()
-        )
-        renumber_cache_position(new, past_valid.shape[1], compaction.slots, device)
-        columns = torch.cat([columns, past + compaction.index], 1)
-        return new, CacheState(past + length - whole.shape[1], whole, columns, shift, tail), compaction
-
-    def _kept_columns(
-        self, selection: PromptSelection, visual: dict[Modality, torch.Tensor], embeds: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keep = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        for modality, mask in visual.items():
-            mask = mask.to(embeds.device)
-            index = selection.columns(modality, mask)
-            keep &= ~mask | selection.keep[modality][index]
-            if modality in selection.values:
-                table, where = selection.values[modality]
-                swap = (mask & where[index])[..., None]
-                embeds = torch.where(swap, table[index].to(embeds.dtype), embeds)
-        return keep, embeds
-
-    def _compaction(
-        self, selection: PromptSelection, keep: torch.Tensor, valid: torch.Tensor, since: int | torch.Tensor
-    ) -> tuple[Compaction, torch.Tensor]:
-        """The compaction, and the columns since the last dropped one; ``since`` are those before this call."""
-        length = keep.shape[1]
-        last = ((valid & ~keep) * torch.arange(1, length + 1, device=keep.device)).max()
-        tail = torch.where(last > 0, length - last, length + since)
-        right_padded = ~valid[:, -1].all()
-        # The only host sync of a prefill: the compacted length, with all else the host must know.
-        facts = torch.cat([keep.sum(1).max()[None], right_padded[None].long(), selection.kept.to(keep.device)]).tolist()
-        promised = [item.keep for item in selection.plan.items]
-        if facts[2:] != promised:
-            raise SelectionError(f"{self.pruner} promised {promised} tokens and kept {facts[2:]}")
-        # A chunk of a chunked prefill may lose all its tokens; one padding slot keeps shapes legal.
-        return compact(keep, max(facts[0], 1), bool(facts[1])), tail
-
-    def _new_positions(
-        self, positions: torch.Tensor, compaction: Compaction, valid: torch.Tensor, shift: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.positions == "original":
-            return compaction.take_last(positions) * compaction.valid, shift
-        if positions.ndim != 2:
-            raise PatchError("packed positions need one-dimensional RoPE; use positions='original'")
-        start = torch.where(valid, positions, positions.max() + 1).amin(1) - shift
-        packed = packed_positions(compaction, start) * compaction.valid
-        return packed, shift + (valid & ~compaction.keep).sum(1)
 
 
 def _length(cache: Any) -> int:

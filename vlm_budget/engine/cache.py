@@ -20,6 +20,33 @@ from ..errors import PatchError
 _STATE = "_vlm_budget_state"
 
 
+@dataclass(frozen=True, eq=False)
+class LayerGroup:
+    """What decoder layers hold, from one at whose input tokens were dropped up to the next such layer.
+
+    Attributes:
+        layer: The first of these layers.
+        valid: [B, G] bool, columns (as of the last drop) that hold a token.
+        index: [B, G] int64, the column of layer 0 that every one of them is.
+        shift: [B] int64, how much position ids are lowered below those of layer 0 ("packed" positions), else 0.
+        full: All of ``valid`` is True, known without asking the device.
+    """
+
+    layer: int
+    valid: torch.Tensor
+    index: torch.Tensor
+    shift: torch.Tensor
+    full: bool
+
+    def map_rows(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> LayerGroup:
+        """The group after the batch was re-ordered, repeated or selected."""
+        return replace(self, valid=rows(self.valid), index=rows(self.index), shift=rows(self.shift))
+
+    def cropped(self, columns: int) -> LayerGroup:
+        """The group without its last columns."""
+        return replace(self, valid=self.valid[:, :-columns], index=self.index[:, :-columns])
+
+
 @dataclass(frozen=True)
 class CacheState:
     """What was dropped.
@@ -31,6 +58,7 @@ class CacheState:
         shift: [B] int64, how much the caller's position ids are lowered ("packed" positions), else 0.
         tail: [] int64, columns since the last dropped one: how far the cache can be cropped into ``valid``.
         physical: The language model is running.
+        groups: The layers that hold fewer columns than layer 0, which all of the above is about; layers ascending.
     """
 
     delta: int
@@ -39,6 +67,7 @@ class CacheState:
     shift: torch.Tensor
     tail: torch.Tensor
     physical: bool = False
+    groups: tuple[LayerGroup, ...] = ()
 
     @property
     def physical_length(self) -> int:
@@ -50,9 +79,29 @@ class CacheState:
         """Caller's length at the last compaction."""
         return self.physical_length + self.delta
 
+    def group(self, layer: int) -> LayerGroup | None:
+        """The group a decoder layer belongs to; None for those that hold all columns of layer 0."""
+        return next((group for group in reversed(self.groups) if group.layer <= layer), None)
+
+    def missing(self, layer: int) -> int:
+        """How many columns fewer than layer 0 a decoder layer holds."""
+        group = self.group(layer)
+        return 0 if group is None else self.physical_length - group.valid.shape[1]
+
     def map_rows(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> CacheState:
         """The state after the batch was re-ordered, repeated or selected."""
-        return replace(self, valid=rows(self.valid), columns=rows(self.columns), shift=rows(self.shift))
+        groups = tuple(group.map_rows(rows) for group in self.groups)
+        return replace(self, valid=rows(self.valid), columns=rows(self.columns), shift=rows(self.shift), groups=groups)
+
+    def cropped(self, columns: int) -> CacheState:
+        """The state without its last columns, none of which may lie before the last dropped one."""
+        return replace(
+            self,
+            valid=self.valid[:, :-columns],
+            columns=self.columns[:, :-columns],
+            tail=self.tail - columns,
+            groups=tuple(group.cropped(columns) for group in self.groups),
+        )
 
 
 class VirtualLength:
@@ -64,7 +113,7 @@ class VirtualLength:
         """Length in the caller's coordinates, or the physical one while the language model runs."""
         length = super().get_seq_length(layer_idx)  # type: ignore[misc]
         state = cache_state(self)
-        return length if state is None or state.physical else length + state.delta
+        return length if state is None or state.physical else length + state.delta + state.missing(layer_idx)
 
     def get_mask_sizes(self, query: Any, layer_idx: int) -> tuple[int, int]:
         """Columns and offset of the mask a layer wants; masks made outside the language model are the caller's."""
@@ -73,8 +122,9 @@ class VirtualLength:
         if state is None or state.physical:
             return columns, offset
         if not getattr(self, "is_compileable", False):
+            gone = state.delta + state.missing(layer_idx)
             # What a full sliding window has let go of is counted in its offset.
-            return (columns, offset + state.delta) if offset else (columns + state.delta, offset)
+            return (columns, offset + gone) if offset else (columns + gone, offset)
         layer = self.layers[layer_idx]  # type: ignore[attr-defined]
         if not layer.is_sliding:
             return columns, offset  # a static cache has its full size already
@@ -129,10 +179,7 @@ class VirtualLength:
                     f"cannot crop the last {drop} tokens of a pruned cache: dropped visual tokens lie among them. "
                     "Start from a new cache."
                 )
-            state = replace(
-                state, valid=state.valid[:, :-into], columns=state.columns[:, :-into], tail=state.tail - into
-            )
-            setattr(self, _STATE, state)
+            setattr(self, _STATE, state.cropped(into))
         return super().crop(-drop) if drop or not to_length else None  # type: ignore[misc]
 
     def reset(self) -> Any:

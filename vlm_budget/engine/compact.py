@@ -38,6 +38,17 @@ class Compaction:
         index = self.index.to(tensor.device)
         return tensor.gather(-1, index.expand(*tensor.shape[:-1], -1))
 
+    def to(self, device: torch.device) -> Compaction:
+        """The same on another device."""
+        if self.index.device == device:
+            return self
+        return Compaction(self.index.to(device), self.valid.to(device), self.keep.to(device), self.length)
+
+    def then(self, later: Compaction) -> Compaction:
+        """Both in one: this compaction, then ``later`` of its slots."""
+        index = self.index.gather(1, later.index)
+        return Compaction(index, later.valid, torch.zeros_like(self.keep).scatter(1, index, later.valid), self.length)
+
     def grow(self, tensor: torch.Tensor) -> torch.Tensor:
         """Bring [B, K, D] back to [B, L, D]; a dropped column repeats the last kept column before it.
 
@@ -47,6 +58,12 @@ class Compaction:
         before = (self.keep.cumsum(1) - 1).clamp_min(0)
         source = (before + self.valid.long().argmax(1, keepdim=True)).to(tensor.device)
         return tensor.gather(1, source[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
+def untouched(valid: torch.Tensor) -> Compaction:
+    """The compaction of [B, L] columns that leaves them as they are; ``valid`` says which hold a token."""
+    index = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
+    return Compaction(index, valid, valid, valid.shape[1])
 
 
 def compact(keep: torch.Tensor, slots: int, right_padded: bool) -> Compaction:

@@ -90,15 +90,57 @@ def compact_square(
             f"a static sliding-window cache of {mask.shape[3]} columns is shorter than the prompt of "
             f"{start + compaction.length}, and cannot be pruned. Use the default dynamic cache."
         )
-    batch, slots = compaction.index.shape
-    index, kept = compaction.index.to(mask.device), kept.to(mask.device)
-    heads, columns, width = mask.shape[1], mask.shape[3], kept.shape[1]
-    rows = mask.expand(batch, -1, -1, -1).gather(2, index[:, None, :, None].expand(batch, heads, slots, columns))
-    square = rows.gather(3, kept[:, None, None, :].expand(batch, heads, slots, width))
-    blocked = False if square.dtype == torch.bool else torch.finfo(square.dtype).min
-    square = square.masked_fill(~valid.to(mask.device)[:, None, None, :], blocked)
-    spare = 0 if widths is None else max(*widths.values(), width) - width
-    return torch.nn.functional.pad(square, (0, spare), value=blocked)
+    square = _gathered(mask, compaction.index.to(mask.device), kept.to(mask.device), valid.to(mask.device))
+    spare = 0 if widths is None else max(*widths.values(), kept.shape[1]) - kept.shape[1]
+    return torch.nn.functional.pad(square, (0, spare), value=_blocked(square))
+
+
+def layer_mask(
+    given: Any,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    valid: torch.Tensor,
+    full: bool,
+    implementation: str,
+    dtype: torch.dtype,
+) -> torch.Tensor | None:
+    """The mask of a decoder layer that holds fewer columns than layer 0, in the form its attention backend expects.
+
+    Args:
+        given: What the language model made for layer 0: 4-D, 2-D (flash), or None.
+        rows: [B, n] int64, the query of layer 0 that each query of the layer is.
+        columns: [B, m] int64, the column of layer 0 that each of the layer's columns is, the new ones last.
+        valid: [B, m] bool, those that hold a token.
+        full: All of ``valid`` is True if ``given`` is None.
+        implementation: Name of the attention backend.
+        dtype: Of the hidden states.
+    """
+    if isinstance(given, torch.Tensor) and given.ndim == 4:
+        return _gathered(given, rows, columns, valid)
+    slots, width, flash = rows.shape[1], columns.shape[1], "flash" in implementation
+    if given is None and full and (flash or slots in (1, width)):
+        return None
+    if flash:
+        return valid
+    seen = torch.ones(slots, width, dtype=torch.bool, device=valid.device).tril(width - slots)
+    square = seen[None, None] & valid[:, None, None, :]
+    if implementation != "eager":
+        return square
+    return torch.zeros(square.shape, dtype=dtype, device=valid.device).masked_fill(~square, torch.finfo(dtype).min)
+
+
+def _gathered(square: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Rows and columns of a 4-D mask; columns that hold no token are blocked."""
+    heads = square.shape[1]
+    square = square.expand(len(columns), -1, -1, -1)
+    square = square.gather(2, rows[:, None, :, None].expand(-1, heads, -1, square.shape[3]))
+    square = square.gather(3, columns[:, None, None, :].expand(-1, heads, square.shape[2], -1))
+    return square.masked_fill(~valid[:, None, None, :], _blocked(square))
+
+
+def _blocked(square: torch.Tensor) -> bool | float:
+    """What hides a column in a mask of this kind."""
+    return False if square.dtype == torch.bool else torch.finfo(square.dtype).min
 
 
 def is_square(mask: Any) -> bool:

@@ -50,6 +50,10 @@ class Family:
         """The decoder whose inputs are shortened."""
         return base.language_model
 
+    def deepstack_levels(self, base: Model) -> int:
+        """How many of the decoder's first layers have visual features added to their output."""
+        return len(getattr(base.config.vision_config, "deepstack_visual_indexes", ()))
+
     def vision_tower(self, base: Model) -> nn.Module:
         """The patch encoder."""
         return base.vision_tower

@@ -1,0 +1,222 @@
+"""From what was encoded and what the prompts hold to a choice: which counts, and which tokens, for all of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..budget import Budget
+from ..cost import CostModel
+from ..errors import LayoutError, PlanError
+from ..families.base import Family
+from ..latency import SavedLatency
+from ..layout import Modality, VisualLayout
+from ..plan import Plan
+from ..planning import Cost, Facts, make_plan
+from ..request import Request
+from .layers import LayerDropper
+from .observe import Observer
+from .prompts import Prompts
+from .selection import Observation, PromptSelection, PromptText, seen_rows, select
+
+Counts = dict[Modality, list[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A selection and what it was made for.
+
+    Attributes:
+        observations: What was encoded.
+        counts: Per modality, the visual tokens of every row of features.
+        selection: Which tokens enter the language model.
+        plan: The promised counts, one row per prompt.
+        layout: The items they are for.
+        keep: Per modality, [prompts, V] bool over a prompt's visual tokens in order.
+        text: Counts the text tokens per prompt, for the report; None for a further turn on a filled cache.
+    """
+
+    observations: list[Observation]
+    counts: Counts
+    selection: PromptSelection
+    plan: Plan
+    layout: VisualLayout
+    keep: dict[Modality, torch.Tensor]
+    text: Callable[[], list[int]] | None
+
+    def fits(self, observations: list[Observation], counts: Counts) -> bool:
+        """It was made for these features and prompts."""
+        same = all(any(o is mine for mine in self.observations) for o in observations)
+        return same and counts == self.counts
+
+    @property
+    def drops_inside(self) -> bool:
+        """Tokens are dropped at some decoder layer."""
+        return bool(self.plan.drop_layers)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Nothing is dropped anywhere, so the original call can run untouched."""
+        return self.selection.keeps_all and not self.drops_inside
+
+
+class Chooser:
+    """Plans and selects for one model.
+
+    Args:
+        base: The model that holds vision tower and language model.
+        family: What is known about its class.
+        request: Methods, and what a prompt may spend.
+        observer: What is recorded of the vision side.
+        dropper: What drops inside the language model, if anything does.
+
+    Raises:
+        PlanError: A plan to be replayed drops inside the language model, where no method acts.
+        LatencyError: The budget is in milliseconds, and this model was not calibrated on this machine.
+    """
+
+    def __init__(
+        self, base: nn.Module, family: Family, request: Request, observer: Observer, dropper: LayerDropper | None
+    ) -> None:
+        self.base = base
+        self.family = family
+        self.request = request
+        self.observer = observer
+        self.dropper = dropper
+        self.latency = SavedLatency(base, family)
+        if isinstance(request.spend, Budget) and request.spend.unit == "ms":
+            self.latency()
+        if dropper is None and isinstance(request.spend, Plan) and request.spend.drop_layers:
+            raise PlanError(
+                f"the plan drops tokens at decoder layers {request.spend.drop_layers}, and {request.methods} does not "
+                f"act inside the language model. Name the method it was made for ({request.spend.method})."
+            )
+
+    def plan_for(self, layout: VisualLayout, text: Sequence[int]) -> Plan:
+        """The counts for a batch.
+
+        Args:
+            layout: Its items.
+            text: Its text tokens per prompt; any numbers where ``needs_text`` is False.
+
+        Raises:
+            BudgetError: The budget cannot be met by some prompt.
+            PatchError: It means to drop at layers that cannot.
+        """
+        spend = self.request.spend
+        if isinstance(spend, Plan):
+            spend.row_counts(layout.row_sizes())
+            return spend
+        if self.request.recipe is not None:
+            for row in layout.rows:
+                self.request.recipe.warn_if_far(sum(item.size for item in row))
+        layers = len(self.family.language_model(self.base).layers)
+        cost: Cost = self.cost() if self.needs_text else _UNPRICED
+        plan = make_plan(self.request.methods, spend, layout, Facts(layers, text, cost))
+        if self.dropper is not None:
+            self.dropper.check(plan)
+        return plan
+
+    def cost(self) -> CostModel:
+        """The model's prices as it is now: number format, adapters and device may change under a patch."""
+        return CostModel.of(self.base, self.family, self.latency)
+
+    @property
+    def needs_text(self) -> bool:
+        """The budget is one that text takes a part of."""
+        return isinstance(self.request.spend, Budget) and self.request.spend.unit in ("flops", "ms", "bytes")
+
+    def choose(
+        self,
+        observations: list[Observation],
+        counts: Counts,
+        prompts: Prompts,
+        visual: Mapping[Modality, torch.Tensor],
+        device: torch.device,
+    ) -> Choice:
+        """Plan, and ask the method before the language model.
+
+        Args:
+            observations: What was encoded.
+            counts: Per modality, the visual tokens of every row of features.
+            prompts: The text beside them.
+            visual: Per modality, [B, L] bool, placeholders of this call.
+            device: Where the language model's embeddings live.
+        """
+        rows = seen_rows(observations, counts, self.observer.needs, self.observer.project)
+        # Up to 4.x ``generate`` repeats a prompt with its pixels, so that copies are encoded.
+        copies = len(rows) // prompts.rows if prompts.rows and len(rows) % prompts.rows == 0 else 1
+        layout = VisualLayout(tuple(tuple(seen.item for seen in row) for row in rows[::copies]))
+        text = partial(self._text_counts, prompts, visual, len(layout.rows))
+        plan = self.plan_for(layout, text() if self.needs_text else [0] * len(layout.rows))
+        selection = select(
+            self.request.methods.vision, plan.repeated(copies), rows, device, self._texts(prompts, copies)
+        )
+        keep = {modality: table[::copies] for modality, table in selection.keep.items()}
+        return Choice(observations, counts, selection, plan, layout, keep, None if prompts.cached else text)
+
+    def observation(self, latest: Mapping[Modality, Observation], modality: Modality) -> Observation:
+        """What was encoded last.
+
+        Raises:
+            LayoutError: Nothing, or not with this patch.
+        """
+        seen = latest.get(modality)
+        if seen is None:
+            raise LayoutError(
+                f"the {modality} features of this call were not encoded by this patched model, so no scores belong to "
+                "them. Encode them with the patched model, or pass pixel inputs."
+            )
+        if seen.lacks(self.observer.needs, self.observer.hidden):
+            raise LayoutError(
+                f"the {modality} features of this call were encoded under another patch, and lack the scores or rows "
+                f"that {self.request.methods.vision} needs. Encode them anew, or pass pixel inputs."
+            )
+        return seen
+
+    def row_counts(
+        self, observations: list[Observation], visual: Mapping[Modality, torch.Tensor], generating: Prompts | None
+    ) -> Counts:
+        """Visual tokens of every row of features, from the prompts of ``generate`` where they fit, else of this call."""
+        counts = generating.counts(self._tokens) if generating is not None else None
+        totals = {o.modality: sum(item.size for item in o.items) for o in observations}
+        if counts is None or any(sum(counts[m]) != total for m, total in totals.items()):
+            counts = {m: mask.sum(1).tolist() for m, mask in visual.items()}
+        result: Counts = {}
+        for modality, total in totals.items():
+            rows = counts.get(modality) or [0] * len(next(iter(counts.values())))
+            # Features encoded once serve k equal rows when generate repeats a prompt for beams or return sequences.
+            copies = sum(rows) // total if total and sum(rows) % total == 0 else 1
+            result[modality] = rows[:: max(copies, 1)]
+        return result
+
+    @property
+    def _tokens(self) -> dict[Modality, int]:
+        return self.family.token_ids(self.base.config)
+
+    def _texts(self, prompts: Prompts, copies: int) -> list[PromptText] | None:
+        vision = self.request.methods.vision
+        if vision is None or not vision.reads_text:
+            return None
+        texts = prompts.texts(self._tokens, self.base.get_input_embeddings())  # type: ignore[operator]
+        return None if texts is None else [text for text in texts for _ in range(copies)]
+
+    def _text_counts(self, prompts: Prompts, visual: Mapping[Modality, torch.Tensor], rows: int) -> list[int]:
+        if prompts.ids is not None:
+            return prompts.text_counts(self._tokens)
+        counts: list[int] = (~torch.stack(list(visual.values())).any(0)).sum(1).tolist()
+        return counts[:: len(counts) // rows]
+
+
+class _Unpriced:
+    """The cost where none is asked for."""
+
+    def amount(self, unit: str, text: int, visual: Sequence[int]) -> float:
+        raise AssertionError("a budget in tokens asks for no cost")
+
+
+_UNPRICED = _Unpriced()

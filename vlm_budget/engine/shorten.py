@@ -1,0 +1,190 @@
+"""A call of the language model, from the caller's columns to the physical ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import PatchError, SelectionError
+from ..layout import Modality
+from .arguments import full_positions, past_columns, renumber_cache_position, shorten_deepstack
+from .cache import CacheState, static_widths
+from .compact import Compaction, compact, packed_positions
+from .masks import compact_square, is_square, new_columns_valid, padding_mask
+from .prompts import Rows
+from .selection import PromptSelection
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageCall:
+    """A call of the language model in the caller's columns: L new ones behind ``past``.
+
+    Attributes:
+        kwargs: Its keyword arguments.
+        earlier: What was dropped from its cache before.
+        past: Cached columns, as the caller counts them.
+        valid: [B, L] bool, new columns that hold a token.
+        past_valid: [B, P] bool, physical cached columns that hold a token.
+        columns: [B, P] int64, the caller's column of each.
+        positions: [..., B, L] position ids.
+        shift: [B] int64, how much they are lowered.
+    """
+
+    kwargs: Mapping[str, Any]
+    earlier: CacheState | None
+    past: int
+    valid: torch.Tensor
+    past_valid: torch.Tensor
+    columns: torch.Tensor
+    positions: torch.Tensor
+    shift: torch.Tensor
+
+    @classmethod
+    def read(cls, kwargs: Mapping[str, Any], outer_mask: Any, past: int, earlier: CacheState | None) -> LanguageCall:
+        """Take a call apart.
+
+        Args:
+            kwargs: Of the language model.
+            outer_mask: The mask that the outer model was given.
+            past: Length of the cache, as the caller counts it.
+            earlier: What was dropped from it before.
+        """
+        mask, device = kwargs.get("attention_mask"), kwargs["inputs_embeds"].device
+        batch, length = kwargs["inputs_embeds"].shape[:2]
+        flat = padding_mask(mask, outer_mask)
+        given = (mask, outer_mask) if past == 0 else (flat, None)
+        valid = new_columns_valid(*given, batch, length, device)
+        past_valid, columns = past_columns(earlier, flat, past, length, batch, device)
+        shift = earlier.shift.to(device) if earlier is not None else torch.zeros(batch, dtype=torch.long, device=device)
+        positions = full_positions(kwargs.get("position_ids"), past, batch, length, device)
+        return cls(kwargs, earlier, past, valid, past_valid, columns, positions, shift)
+
+    @property
+    def embeds(self) -> torch.Tensor:
+        """[B, L, D]."""
+        embeds: torch.Tensor = self.kwargs["inputs_embeds"]
+        return embeds
+
+    @property
+    def cache(self) -> Any:
+        """The cache, or None."""
+        return self.kwargs.get("past_key_values")
+
+    @property
+    def added(self) -> int:
+        """How many of the P cached columns came after the last drop."""
+        return self.past_valid.shape[1] - (self.earlier.physical_length if self.earlier is not None else 0)
+
+    def continued(self, packed: bool) -> dict[str, Any]:
+        """The arguments where no new token is dropped.
+
+        Args:
+            packed: Kept tokens are renumbered.
+        """
+        new = dict(self.kwargs)
+        new["position_ids"] = self.positions - self.shift[:, None] if packed else self.positions
+        new["attention_mask"] = torch.cat([self.past_valid, self.valid], 1).long()
+        renumber_cache_position(new, self.past_valid.shape[1], self.valid.shape[1], self.embeds.device)
+        return new
+
+    def shortened(
+        self, embeds: torch.Tensor, compaction: Compaction, tail: torch.Tensor, packed: bool
+    ) -> tuple[dict[str, Any], CacheState]:
+        """The arguments of the kept columns, and what the cache holds behind the call.
+
+        Args:
+            embeds: [B, L, D], merged tokens put in.
+            compaction: Of the new columns.
+            tail: Columns since the last dropped one.
+            packed: Kept tokens are renumbered.
+        """
+        new, mask = dict(self.kwargs), self.kwargs.get("attention_mask")
+        # Padding slots keep a dropped token's embedding: StaticCache counts its non-zero keys up to transformers 4.x.
+        new["inputs_embeds"] = compaction.take(embeds)
+        new["position_ids"], shift = self._new_positions(compaction, packed)
+        shorten_deepstack(new, compaction)
+        whole = torch.cat([self.past_valid, compaction.valid], 1)
+        # Never None: without a mask transformers reads gaps in position ids as packed sequences, and blocks attention.
+        before = (self.past_valid, self.columns, self.past) if self.past else None
+        new["attention_mask"] = (
+            compact_square(mask, compaction, static_widths(self.cache), before) if is_square(mask) else whole.long()
+        )
+        renumber_cache_position(new, self.past_valid.shape[1], compaction.slots, embeds.device)
+        columns = torch.cat([self.columns, self.past + compaction.index], 1)
+        delta = self.past + self.valid.shape[1] - whole.shape[1]
+        return new, CacheState(delta, whole, columns, shift, tail)
+
+    def _new_positions(self, compaction: Compaction, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        positions, valid, shift = self.positions, self.valid, self.shift
+        if not packed:
+            return compaction.take_last(positions) * compaction.valid, shift
+        if positions.ndim != 2:
+            raise PatchError("packed positions need one-dimensional RoPE; use positions='original'")
+        start = torch.where(valid, positions, positions.max() + 1).amin(1) - shift
+        return packed_positions(compaction, start) * compaction.valid, shift + (valid & ~compaction.keep).sum(1)
+
+    def compaction(
+        self,
+        keep: torch.Tensor,
+        kept: torch.Tensor,
+        promised: list[int],
+        visual: torch.Tensor | None = None,
+        extra: int = 0,
+        method: object = None,
+    ) -> tuple[Compaction, torch.Tensor, Rows]:
+        """The compaction, the columns since the last dropped one, and the rows as the host must know them.
+
+        Args:
+            keep: [B, L] bool, columns to keep, padding not yet left out.
+            kept: [items] int64, tokens kept of every item.
+            promised: What they must be.
+            visual: [B, L] bool, all visual columns, where the rows' texts are wanted; None where not.
+            extra: Columns behind the prompts.
+            method: Of the visual tokens, for messages.
+
+        Raises:
+            SelectionError: The method broke its promise.
+        """
+        keep, valid = keep & self.valid, self.valid
+        length = keep.shape[1]
+        last = ((valid & ~keep) * torch.arange(1, length + 1, device=keep.device)).max()
+        earlier = self.earlier
+        since = self.past if earlier is None else earlier.tail.to(keep.device) + self.past - earlier.virtual_length
+        tail = torch.where(last > 0, length - last, length + since)
+        facts = [keep.sum(1).max()[None], (~valid[:, -1].all())[None].long(), kept.to(keep.device)]
+        if visual is not None:
+            facts += [keep.sum(1), _text_behind(visual, valid, extra)]
+        # The only host sync of a prefill: the compacted length, with all else the host must know.
+        slots, right, *counts = torch.cat(facts).tolist()
+        found, texts = counts[: len(promised)], counts[len(promised) :]
+        if found != promised:
+            raise SelectionError(f"{method} promised {promised} tokens and kept {found}")
+        rows = Rows(texts[: len(keep)], texts[len(keep) :], extra, bool(right), max(slots, 1))
+        # A chunk of a chunked prefill may lose all its tokens; one padding slot keeps shapes legal.
+        return compact(keep, rows.slots, rows.right_padded), tail, rows
+
+
+def _text_behind(visual: torch.Tensor, valid: torch.Tensor, extra: int) -> torch.Tensor:
+    """[B] text tokens between a row's last visual column and the ``extra`` ones."""
+    columns = torch.arange(visual.shape[1], device=visual.device)
+    last = (visual * (columns + 1)).amax(1, keepdim=True)
+    return (valid & ~visual & (columns >= last) & (columns < visual.shape[1] - extra)).sum(1)
+
+
+def kept_columns(
+    selection: PromptSelection, visual: Mapping[Modality, torch.Tensor], embeds: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, L] bool columns that a selection keeps, and the embeddings with merged tokens put in."""
+    keep = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    for modality, mask in visual.items():
+        mask = mask.to(embeds.device)
+        index = selection.columns(modality, mask)
+        keep &= ~mask | selection.keep[modality][index]
+        if modality in selection.values:
+            table, where = selection.values[modality]
+            swap = (mask & where[index])[..., None]
+            embeds = torch.where(swap, table[index].to(embeds.dtype), embeds)
+    return keep, embeds

@@ -16,15 +16,23 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Budget": "budget",
     "BudgetError": "errors",
+    "CalibrationError": "errors",
+    "Front": "search.front",
     "ImageError": "errors",
+    "JournalError": "errors",
+    "Latency": "latency",
+    "LatencyError": "errors",
     "LayoutError": "errors",
+    "MissingExtraError": "errors",
     "ModelLoadError": "errors",
     "OptionError": "errors",
     "PatchError": "errors",
     "PatchHandle": "patching",
     "Plan": "plan",
     "PlanError": "errors",
+    "PlanMismatchWarning": "errors",
     "Pruner": "pruner",
+    "Recipe": "recipe",
     "Report": "report",
     "Selection": "pruner",
     "SelectionError": "errors",
@@ -32,9 +40,13 @@ _EXPORTS = {
     "UnsupportedModelError": "errors",
     "VLMBudgetError": "errors",
     "VisualLayout": "layout",
+    "autotune": "search.autotune",
+    "calibrate": "calibration",
+    "gsearch": "search.gsearch",
     "list_families": "registry",
     "list_methods": "registry",
     "patch": "patching",
+    "psigmoid": "search.psigmoid",
     "unpatch": "patching",
 }
 
@@ -42,17 +54,24 @@ __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604 - the names are the table 
 
 if TYPE_CHECKING:
     from .budget import Budget as Budget
+    from .calibration import calibrate as calibrate
     from .errors import BudgetError as BudgetError
+    from .errors import CalibrationError as CalibrationError
     from .errors import ImageError as ImageError
+    from .errors import JournalError as JournalError
+    from .errors import LatencyError as LatencyError
     from .errors import LayoutError as LayoutError
+    from .errors import MissingExtraError as MissingExtraError
     from .errors import ModelLoadError as ModelLoadError
     from .errors import OptionError as OptionError
     from .errors import PatchError as PatchError
     from .errors import PlanError as PlanError
+    from .errors import PlanMismatchWarning as PlanMismatchWarning
     from .errors import SelectionError as SelectionError
     from .errors import UnknownNameError as UnknownNameError
     from .errors import UnsupportedModelError as UnsupportedModelError
     from .errors import VLMBudgetError as VLMBudgetError
+    from .latency import Latency as Latency
     from .layout import VisualLayout as VisualLayout
     from .patching import PatchHandle as PatchHandle
     from .patching import patch as patch
@@ -60,9 +79,14 @@ if TYPE_CHECKING:
     from .plan import Plan as Plan
     from .pruner import Pruner as Pruner
     from .pruner import Selection as Selection
+    from .recipe import Recipe as Recipe
     from .registry import list_families as list_families
     from .registry import list_methods as list_methods
     from .report import Report as Report
+    from .search.autotune import autotune as autotune
+    from .search.front import Front as Front
+    from .search.gsearch import gsearch as gsearch
+    from .search.psigmoid import psigmoid as psigmoid
 
 
 def __getattr__(name: str) -> Any:

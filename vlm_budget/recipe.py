@@ -149,8 +149,8 @@ class Recipe:
         return cls(spec, None if budget is None else str(budget), model, **facts)
 
     def methods(self) -> list[tuple[str, dict[str, Any]]]:
-        """Names and options, ready for ``PRUNERS.get(name)(**options)``; lists are tuples again."""
-        return [(name, {key: _frozen(value) for key, value in options.items()}) for name, options in self.spec]
+        """Names and options, ready for ``PRUNERS.get(name)(**options)``."""
+        return [(name, _frozen_options(options)) for name, options in self.spec]
 
     def check_model(self, base: Any) -> None:
         """Refuse a model other than the recipe's.
@@ -221,7 +221,7 @@ class Recipe:
                 "dataclasses.replace(recipe, …) and save it anew."
             )
         try:
-            spec = tuple((one["name"], dict(one["options"])) for one in data.pop("methods"))
+            spec = tuple((one["name"], _frozen_options(one["options"])) for one in data.pop("methods"))
             model = data.pop("model")
             facts = ModelFacts(**{**model, "tokens": tuple(model["tokens"])})
             judged = data.pop("calibration")
@@ -311,6 +311,11 @@ def spec_of(method: Pruner) -> tuple[str, dict[str, Any]]:
     except TypeError as error:
         raise PlanError(f"{method} has an option that a recipe cannot write: {error}") from error
     return name, options
+
+
+def _frozen_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """With the tuples that JSON made lists of."""
+    return {key: _frozen(value) for key, value in options.items()}
 
 
 def _frozen(value: Any) -> Any:

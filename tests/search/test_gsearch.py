@@ -1,0 +1,225 @@
+"""``gsearch`` on a tiny model: the recipe keeps its promise, stops and resumes, and leaves the model alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vlm_budget
+from fingerprint import fingerprint
+from vlm_budget.errors import BudgetError, CalibrationError, JournalError, OptionError, PatchError
+from vlm_budget.search.judge import Judge, Score
+from vlm_budget.search.journal import Journal
+
+from .conftest import Case, make_case
+
+
+def quality_by_hand(case: Case, **patching: Any) -> float:
+    """Agreement of the patched with the unpatched model, prompt by prompt."""
+    prompts = [{key: value for key, value in one.items() if key != "answer"} for one in case.data]
+    with torch.no_grad():
+        full = [int(case.model(**one).logits[0, -1].argmax()) for one in prompts]
+        with vlm_budget.patch(case.model, **patching):
+            found = [int(case.model(**one).logits[0, -1].argmax()) for one in prompts]
+    return sum(a == b for a, b in zip(full, found, strict=True)) / len(full)
+
+
+def test_the_recipe_keeps_its_promise_when_patched_from_its_file(case: Case, tmp_path: Path) -> None:
+    recipe = vlm_budget.gsearch(case.model, case.data, tolerance=0.4, progress=False)
+    recipe.save(tmp_path / "plan.json")
+    judged, (name, options) = recipe.calibration, recipe.spec[0]
+    assert judged is not None and judged.full_quality == 1.0
+    assert (name, len(options["rates"]), judged.size) == ("gsearch", 3, 6)
+    assert options["rates"][2] < 1
+    assert judged.quality >= 0.6
+    assert quality_by_hand(case, plan=tmp_path / "plan.json") == pytest.approx(judged.quality)
+
+
+def test_every_layer_sees_what_the_recipe_says(case: Case) -> None:
+    recipe = vlm_budget.gsearch(case.model, case.data, tolerance=0.4, progress=False)
+    rates = recipe.spec[0][1]["rates"]
+    one = {key: value for key, value in case.data[0].items() if key != "answer"}
+    with vlm_budget.patch(case.model, plan=recipe) as handle:
+        plan = handle.plan(**one)
+    total = plan.total
+    assert [
+        plan.tokens_at(layer) if hasattr(plan, "tokens_at") else sum(i.tokens_at(layer) for i in plan.items)
+        for layer in range(3)
+    ] == [-int(-rate * total // 1) for rate in rates]
+    assert recipe.cost["share"] == pytest.approx(plan.mean_tokens(3) / total, abs=1 / total)
+
+
+def test_a_lower_rate_than_found_is_not_good_enough(case: Case) -> None:
+    recipe = vlm_budget.gsearch(case.model, case.data, metric="kl", tolerance=0.2, progress=False)
+    rates = recipe.spec[0][1]["rates"]
+    judge = Judge(case.model, *_prepared(case, "kl"))
+    method = vlm_budget.registry.PRUNERS.get("gsearch")  # type: ignore[attr-defined]
+    from vlm_budget.planning import Methods
+
+    def quality(last: float) -> float:
+        return judge.score(Methods(None, method(rates=(*rates[:2], last))), None).mean
+
+    assert quality(rates[2]) >= -0.2
+    assert rates[2] == 0 or quality(rates[2] - 1 / 32) < -0.2
+
+
+def _prepared(case: Case, metric: str) -> tuple[Any, Any]:
+    from vlm_budget.search.data import prepare
+    from vlm_budget.search.metrics import Metric
+
+    return prepare(case.model, case.data), Metric(metric)  # type: ignore[arg-type]
+
+
+def test_the_model_is_left_as_it_was(case: Case) -> None:
+    case.model.train()
+    case.model.model.vision_tower.eval()
+    before, modes = fingerprint(case.model), [module.training for module in case.model.modules()]
+    vlm_budget.gsearch(case.model, case.data, tolerance=0.4, progress=False)
+    assert fingerprint(case.model) == before
+    assert [module.training for module in case.model.modules()] == modes
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "agreement", "kl"])
+def test_every_metric_is_judged_alike_in_batches_and_alone(case: Case, metric: str) -> None:
+    calibration, measure = _prepared(case, metric)
+    together, alone = (Judge(case.model, calibration, measure, batch) for batch in (8, 1))
+    assert [len(batch) for batch in together.batches] == [3, 3]
+    assert together.score(None, None).mean == pytest.approx(alone.score(None, None).mean, abs=1e-5)
+
+
+def test_answers_of_several_tokens_are_what_generate_says(case: Case) -> None:
+    from vlm_budget.search.data import prepare
+    from vlm_budget.search.metrics import Metric
+
+    with torch.no_grad():
+        for one in case.data:
+            inputs = {key: value for key, value in one.items() if key != "answer"}
+            said = case.model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            one["answer"] = said.tolist()
+    case.data[0]["answer"][2] ^= 1
+    case.data[1]["answer"] = case.data[1]["answer"][:2]  # a label may be shorter
+    calibration = prepare(case.model, case.data)
+    assert Judge(case.model, calibration, Metric("accuracy", 3)).score(None, None).mean == pytest.approx(5 / 6)
+    assert Judge(case.model, calibration, Metric("agreement", 3)).score(None, None).mean == 1.0
+
+
+def test_a_budget_raises_the_tolerance_until_it_fits(case: Case) -> None:
+    recipe = vlm_budget.gsearch(case.model, case.data, budget=0.8, tolerance=1e-6, metric="kl", progress=False)
+    assert recipe.cost["share"] <= 0.8
+    assert recipe.budget is None
+    assert recipe.calibration is not None and (recipe.calibration.tolerance or 0) > 1e-6
+    flops = vlm_budget.gsearch(case.model, case.data, budget="90% flops", tolerance=0.01, metric="kl", progress=False)
+    assert flops.cost["flops"] <= 0.9 * flops.cost["flops_full"]
+
+
+def test_a_budget_below_the_first_layers_is_refused_before_the_model_runs(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Judge, "score", lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(BudgetError, match="nearest feasible budget is '66.67%'"):
+        vlm_budget.gsearch(case.model, case.data, budget=0.5, progress=False)
+
+
+def test_a_stopped_search_goes_on_without_judging_anything_twice(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"metric": "kl", "tolerance": 0.2, "progress": False}
+    expected = vlm_budget.gsearch(case.model, case.data, **options)
+    journal = tmp_path / "points"
+    judged: list[Any] = []
+    real = Journal.remember
+
+    def counted(self: Journal, point: Any, evaluate: Any) -> Any:
+        def once() -> Any:
+            if len(judged) == 3:
+                raise KeyboardInterrupt
+            found = evaluate()
+            judged.append(point)
+            return found
+
+        return real(self, point, once)
+
+    monkeypatch.setattr(Journal, "remember", counted)
+    with pytest.raises(KeyboardInterrupt):
+        vlm_budget.gsearch(case.model, case.data, journal=journal, **options)
+    assert len(journal.read_text().splitlines()) == 4
+    first, judged[:] = list(judged), []
+    monkeypatch.setattr(Journal, "remember", real)
+    opened: list[Journal] = []
+    start = Journal.__init__
+
+    def watched(self: Journal, *arguments: Any) -> None:
+        start(self, *arguments)
+        opened.append(self)
+
+    monkeypatch.setattr(Journal, "__init__", watched)
+    resumed = vlm_budget.gsearch(case.model, case.data, journal=journal, **options)
+    assert resumed == expected
+    again = vlm_budget.gsearch(case.model, case.data, journal=journal, **options)
+    assert again == expected
+    rows = journal.read_text().splitlines()
+    assert opened[0].new == len(rows) - 1 - len(first)
+    assert opened[1].new == 0
+    assert len(set(rows)) == len(rows)
+
+
+def test_a_journal_of_other_data_metric_or_weights_is_refused(case: Case, tmp_path: Path) -> None:
+    journal = tmp_path / "points"
+    vlm_budget.gsearch(case.model, case.data, journal=journal, tolerance=0.4, progress=False)
+    with pytest.raises(JournalError, match="its calibration differ"):
+        vlm_budget.gsearch(case.model, case.data[:5], journal=journal, progress=False)
+    with pytest.raises(JournalError, match="its metric differ"):
+        vlm_budget.gsearch(case.model, case.data, metric="kl", journal=journal, progress=False)
+    with torch.no_grad():
+        case.model.lm_head.weight.add_(0)
+        case.model.model.language_model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    with pytest.raises(JournalError, match="its model differ"):
+        vlm_budget.gsearch(case.model, case.data, journal=journal, progress=False)
+
+
+def test_a_patched_model_is_refused(case: Case) -> None:
+    with vlm_budget.patch(case.model, "random", 0.5), pytest.raises(PatchError, match="undo"):
+        vlm_budget.gsearch(case.model, case.data, progress=False)
+
+
+def test_logits_that_are_no_numbers_are_refused(case: Case) -> None:
+    with torch.no_grad():
+        case.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(CalibrationError, match="not finite"):
+        vlm_budget.gsearch(case.model, case.data, metric="kl", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"search": "grid"}, "search must be 'bisection' or 'bayes', got 'grid'"),
+        ({"tolerance": 0.0}, "tolerance must be a number above 0"),
+        ({"tolerance": float("nan")}, "tolerance must be a number above 0"),
+        ({"metric": "bleu"}, "metric must be one of"),
+        ({"queries": "all"}, "queries must be"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(case: Case, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        vlm_budget.gsearch(case.model, case.data, progress=False, **options)
+
+
+def test_bayesian_search_finds_a_schedule_within_the_tolerance(case: Case) -> None:
+    options: dict[str, Any] = {"metric": "kl", "tolerance": 0.2, "progress": False}
+    recipe = vlm_budget.gsearch(case.model, case.data, search="bayes", evaluations=8, **options)
+    assert recipe.calibration is not None and recipe.calibration.quality >= -0.2
+    assert recipe.spec[0][1]["rates"][2] < 1
+
+
+def test_layers_whose_visual_features_are_still_added_keep_everything() -> None:
+    case = make_case("qwen3_vl")
+    recipe = vlm_budget.gsearch(case.model, case.data, tolerance=0.9, progress=False)
+    added = len(case.model.config.vision_config.deepstack_visual_indexes)
+    assert recipe.spec[0][1].get("rates", (1.0,) * 3)[: max(2, added)] == (1.0,) * max(2, added)
+
+
+def test_scores_carry_their_standard_error() -> None:
+    assert Score(0.5, 0.1) == Score(0.5, 0.1)

@@ -1,0 +1,54 @@
+"""A question and its pictures as a model's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def image_token(processor: Any) -> str:
+    """The text that stands for one picture in a prompt."""
+    for owner in (processor, getattr(processor, "tokenizer", None)):
+        token = getattr(owner, "image_token", None)
+        if token is not None:
+            return str(token)
+    return "<image>"
+
+
+def prompt_text(processor: Any, question: str, images: int) -> str:
+    """The prompt as the model was trained to see it.
+
+    A question that holds the image token already is taken as the whole prompt. Otherwise the processor's chat template
+    is used; where there is none, one image token per picture goes in front.
+    """
+    token = image_token(processor)
+    if token in question:
+        return question
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+        text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return text
+    return token * images + question
+
+
+def build_inputs(processor: Any, questions: Sequence[str], images: Sequence[Sequence[Image.Image]], model: Any) -> Any:
+    """Model inputs for a batch of questions, each about its pictures.
+
+    Returns:
+        The processor's tensors, padded on the left, on the model's device and in its number format.
+    """
+    texts = [prompt_text(processor, question, len(own)) for question, own in zip(questions, images, strict=True)]
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    # A template that writes the start token itself must not get a second one.
+    start = getattr(tokenizer, "bos_token", None)
+    twice = start is not None and all(text.startswith(start) for text in texts)
+    options: dict[str, Any] = {"padding": True} if len(texts) > 1 else {}
+    if twice:
+        options["add_special_tokens"] = False
+    if any(images):
+        options["images"] = [list(own) for own in images]
+    return processor(text=texts, return_tensors="pt", **options).to(model.device, model.dtype)

@@ -1,0 +1,158 @@
+"""``vlm_budget.autotune``: every method at every budget, judged and timed on one model, and what none of them beats."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..budget import Budget
+from ..errors import BudgetError, MissingExtraError, OptionError, PatchError, UnsupportedModelError
+from ..machine import device_name
+from ..methods import MethodLike, configured, resolve_methods
+from ..patching import patch
+from ..planning import Methods
+from ..recipe import Recipe, spec_of
+from ..registry import PRUNERS
+from .data import prepare
+from .front import Front, Point
+from .journal import Found, Journal
+from .judge import Judge, Score
+from .metrics import Metric, MetricName
+from .progress import bar
+
+Candidate = MethodLike | Sequence[MethodLike] | Recipe
+BUDGETS = (0.1, 0.2, 0.3, 0.5)
+# What a method cannot do on this model or within this budget; any other error is a fault, and rises.
+_UNFIT = (BudgetError, PatchError, OptionError, UnsupportedModelError, MissingExtraError)
+
+
+def autotune(
+    model: Any,
+    data: Sequence[Mapping[str, Any]],
+    *,
+    budgets: Sequence[Budget | str | float] = BUDGETS,
+    methods: Sequence[Candidate] | None = None,
+    metric: MetricName = "agreement",
+    answer_tokens: int = 1,
+    timed: int = 3,
+    repeats: int = 3,
+    journal: str | Path | None = None,
+    tokenizer: Any = None,
+    batch: int = 8,
+    max_spread: float = 4.0,
+    progress: bool = True,
+) -> Front:
+    """Judge and time methods at budgets, side by side with the unpruned model.
+
+    Args:
+        model: What :func:`vlm_budget.patch` takes, not patched. It is left as it was.
+        data: Calibration prompts: the processor's tensors for one prompt each, and ``"answer"`` where there is a label.
+        budgets: What each method may spend.
+        methods: Names, configured instances, lists of two (one before the language model and one inside), or recipes,
+            which bring their own budget; all registered methods by default.
+        metric: ``"accuracy"`` against labels, ``"agreement"`` with the full model's answers, or ``"kl"``.
+        answer_tokens: Answer tokens that are judged.
+        timed: Calibration prompts that are timed, the largest ones.
+        repeats: Times each of them runs, pruned and unpruned in turn; medians count.
+        journal: File that keeps every point, so that a stopped run goes on where it was.
+        tokenizer: Reads answers given as text.
+        batch: Prompts of equal shape that are judged at once; timing always runs one.
+        max_spread: How many times more visual tokens the largest prompt may have than the smallest.
+        progress: Show a bar on a terminal.
+
+    Returns:
+        All points, those that a method cannot do with the reason, and the Pareto front.
+
+    Raises:
+        CalibrationError: The data cannot be used; said before the model runs.
+        JournalError: The journal belongs to another run, or was begun on another machine.
+        OptionError: Nothing to try.
+    """
+    for name, value in (("timed", timed), ("repeats", repeats)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise OptionError(f"{name} must be a number from 1 on, got {value!r}")
+    spends = [Budget.parse(budget) for budget in budgets]
+    tries = _tries(PRUNERS.names() if methods is None else methods, spends)
+    if not tries:
+        raise OptionError("there is nothing to try: name methods and budgets")
+    measure = Metric(metric, answer_tokens)
+    calibration = prepare(model, data, tokenizer=tokenizer, labelled=measure.labelled, max_spread=max_spread)
+    judge = Judge(model, calibration, measure, batch)
+    machine = f"{device_name(judge.model.device)}, {torch.get_num_threads()} threads"
+    known = Journal(journal, {**judge.identity, "machine": machine})
+
+    def full() -> Found:
+        found = judge.score(None, None)
+        return {"quality": found.mean, "se": found.se}
+
+    whole = Score(*known.remember({"methods": []}, full).values())
+    points = []
+    with bar(len(tries), progress) as tick:
+        for number, (acting, spend, spec) in enumerate(tries):
+            tick(number, f"{' + '.join(name for name, _ in spec)} at {spend or 'its own rates'}")
+            point = {"methods": spec, "budget": None if spend is None else str(spend), "timed": [timed, repeats]}
+            found = known.remember(
+                point, lambda acting=acting, spend=spend: _measured(judge, acting, spend, timed, repeats)
+            )  # type: ignore[misc]
+            points.append(Point(tuple((name, options) for name, options in spec), point["budget"], **found))  # type: ignore[arg-type]
+    facts = judge.calibration_facts(None, whole.mean, whole.mean)
+    return Front(tuple(points), whole, judge.model_facts, facts)
+
+
+def _tries(candidates: Sequence[Candidate], budgets: Sequence[Budget]) -> list[tuple[Methods, Budget | None, Any]]:
+    """Methods, budget and plain description of all points."""
+    found = []
+    for candidate in candidates:
+        if isinstance(candidate, Recipe):
+            methods = resolve_methods([configured(name, options) for name, options in candidate.methods()], {})
+            own = None if candidate.budget is None else Budget.parse(candidate.budget)
+            spends: Sequence[Budget | None] = [own]
+        else:
+            methods = resolve_methods(candidate, {})
+            alone = methods.vision is None and methods.decoder is not None and methods.decoder.fixed
+            spends = [None] if alone else budgets
+        spec = _spec(methods)
+        found += [(methods, spend, spec) for spend in spends]
+    return found
+
+
+def _spec(methods: Methods) -> Any:
+    named = [method for method in (methods.vision, methods.decoder) if method is not None]
+    return json.loads(json.dumps([spec_of(method) for method in named]))
+
+
+def _measured(judge: Judge, methods: Methods, budget: Budget | None, timed: int, repeats: int) -> Found:
+    try:
+        plans = judge.plans(methods, budget)
+        score = judge.score(methods, budget)
+        cost = {**judge.prices(plans), **_times(judge, methods, budget, timed, repeats)}
+    except _UNFIT as reason:
+        return {"infeasible": " ".join(str(reason).split())}
+    return {"quality": score.mean, "se": score.se, "cost": cost}
+
+
+def _times(judge: Judge, methods: Methods, budget: Budget | None, timed: int, repeats: int) -> dict[str, float]:
+    """Milliseconds of the prompt behind the encoder, pruned and unpruned: medians over repeats, means over prompts."""
+    examples = sorted(judge.calibration.examples, key=lambda one: -one.visual)[:timed]
+    named = [method for method in (methods.vision, methods.decoder) if method is not None]
+    unpruned = ([PRUNERS.get("uniform")()], Budget(1.0))
+    found: dict[str, list[float]] = {"ms": [], "ms_full": []}
+    with judge.judging():
+        for example in examples:
+            inputs = judge.inputs_of([example])
+            runs: dict[str, list[float]] = {name: [] for name in found}
+            for turn in range(repeats + 1):
+                for name, (acting, spend) in {"ms_full": unpruned, "ms": (named, budget)}.items():
+                    with patch(judge.model, acting, spend) as handle:
+                        judge.model(**inputs, logits_to_keep=1)
+                        report = handle.report()
+                    if turn:  # the first turn warms up
+                        runs[name].append(report.prefill_ms + report.compact_ms + report.select_ms + report.probe_ms)
+            for name, times in runs.items():
+                found[name].append(statistics.median(times))
+    return {name: statistics.fmean(times) for name, times in found.items()}

@@ -1,0 +1,200 @@
+"""What :func:`vlm_budget.autotune` found: every measured point, and the ones that no other beats."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import MissingExtraError, OptionError
+from ..recipe import CalibrationFacts, ModelFacts, Recipe
+from .judge import Score
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CostName = Literal["ms", "flops", "kv_bytes"]
+_LABELS = {
+    "ms": "time of the prompt behind the encoder, share of unpruned",
+    "flops": "FLOPs of the language model over the prompt, share of unpruned",
+    "kv_bytes": "KV cache of the prompt, share of unpruned",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one budget.
+
+    Attributes:
+        spec: ``(name, options)`` per method.
+        budget: As text; None where the options say the schedule.
+        quality: The metric over the calibration prompts; higher is better.
+        se: Its standard error over the prompts.
+        cost: Means per prompt, each with its ``…_full`` of the unpruned model: ``"ms"`` (measured: language model over
+            the prompt, and all that choosing tokens took), ``"flops"``, ``"kv_bytes"`` (predicted); and ``"share"``, of
+            the visual tokens per layer.
+        infeasible: Why the method cannot do this; everything else is then empty.
+    """
+
+    spec: tuple[tuple[str, Mapping[str, Any]], ...]
+    budget: str | None
+    quality: float = float("nan")
+    se: float = float("nan")
+    cost: Mapping[str, float] = field(default_factory=dict)
+    infeasible: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The methods' names."""
+        return " + ".join(name for name, _ in self.spec)
+
+    def share(self, cost: CostName) -> float:
+        """A cost as a share of the unpruned model's, measured side by side."""
+        return self.cost[cost] / self.cost[f"{cost}_full"]
+
+
+@dataclass(frozen=True)
+class Front:
+    """All measured points.
+
+    Attributes:
+        points: In the order they were measured; infeasible ones too.
+        full: The unpruned model.
+        model: The model.
+        calibration: Hash and number of prompts, and the metric.
+    """
+
+    points: tuple[Point, ...]
+    full: Score
+    model: ModelFacts
+    calibration: CalibrationFacts
+
+    def pareto(self, cost: CostName = "ms") -> tuple[Point, ...]:
+        """Points that no other beats in one of quality and cost without losing in the other, cheapest first.
+
+        Raises:
+            OptionError: Unknown cost.
+        """
+        if cost not in _LABELS:
+            raise OptionError(f"cost must be one of {', '.join(_LABELS)}, got {cost!r}")
+        feasible = [point for point in self.points if point.infeasible is None]
+        front: list[Point] = []
+        for point in sorted(feasible, key=lambda one: (one.share(cost), -one.quality)):
+            if not front or point.quality > front[-1].quality:
+                front.append(point)
+        return tuple(front)
+
+    def recipe(self, point: Point) -> Recipe:
+        """A point as a recipe for ``patch(model, plan=recipe)``.
+
+        Raises:
+            OptionError: The point is infeasible.
+        """
+        if point.infeasible is not None:
+            raise OptionError(f"{point.name} at {point.budget} is infeasible: {point.infeasible}")
+        facts = self.calibration
+        judged = CalibrationFacts(facts.hash, facts.size, facts.metric, None, point.quality, facts.full_quality)
+        return Recipe(point.spec, point.budget, self.model, judged, point.cost)
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """The Pareto front in measured time, cheapest first."""
+        return tuple(self.recipe(point) for point in self.pareto("ms"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        best = {cost: self.pareto(cost) for cost in ("ms", "flops")}  # type: ignore[arg-type]
+        rows = [
+            {
+                "methods": [{"name": name, "options": options} for name, options in point.spec],
+                "budget": point.budget,
+                **(
+                    {"infeasible": point.infeasible} if point.infeasible else {"quality": point.quality, "se": point.se}
+                ),
+                "cost": dict(point.cost),
+                "on_front": [cost for cost, front in best.items() if point in front],
+            }
+            for point in self.points
+        ]
+        return {
+            "full": asdict(self.full),
+            "model": asdict(self.model),
+            "calibration": asdict(self.calibration),
+            "points": rows,
+        }
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write ``front.json`` with all points, and one recipe per point of the front in measured time.
+
+        Args:
+            folder: Made if missing.
+
+        Returns:
+            The recipes' files, cheapest first.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "front.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        files = []
+        for number, recipe in enumerate(self.recipes, 1):
+            words = [*(name for name, _ in recipe.spec), recipe.budget or "fixed"]
+            stem = re.sub(r"[^a-z0-9.]+", "_", " ".join(words).lower().replace("%", "pct")).strip("_")
+            files.append(target / f"{number:02}_{stem}.json")
+            recipe.save(files[-1])
+        return files
+
+    def plot(self, path: str | Path, cost: CostName = "ms") -> None:
+        """Draw quality against cost, every method in its colour, the front as a line.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+            OptionError: Unknown cost, or nothing feasible to draw.
+        """
+        front = self.pareto(cost)
+        if not front:
+            raise OptionError("there is nothing to draw: every point is infeasible")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise MissingExtraError("drawing the front needs matplotlib: pip install 'vlm-budget[search]'") from error
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot()
+        for name in dict.fromkeys(point.name for point in self.points if point.infeasible is None):
+            mine = [point for point in self.points if point.name == name and point.infeasible is None]
+            x, y = [point.share(cost) for point in mine], [point.quality for point in mine]
+            axes.errorbar(x, y, [point.se for point in mine], fmt="o", markersize=4, capsize=2, label=name)
+        axes.step([p.share(cost) for p in front], [p.quality for p in front], where="post", color="black", linewidth=1)
+        axes.axhline(self.full.mean, color="grey", linestyle="--", linewidth=1, label="unpruned")
+        axes.set_xlabel(_LABELS[cost])
+        axes.set_ylabel(f"{self.calibration.metric} on {self.calibration.size} prompts")
+        axes.legend(fontsize="small", ncols=2)
+        figure.savefig(path)
+
+    def table(self) -> Table:
+        """What could be measured as a rich table, best quality first; the front in bold."""
+        from rich.table import Table
+        from rich.text import Text
+
+        front = set(map(id, self.pareto("ms")))
+        title = f"{self.calibration.metric} on {self.calibration.size} prompts, {self.full.mean:.4g} unpruned"
+        table = Table(title=title, title_justify="left", header_style="bold")
+        for column in ("method", "budget", "quality", "time", "FLOPs", "KV cache", "front"):
+            table.add_column(column, overflow="fold")
+        feasible = [point for point in self.points if point.infeasible is None]
+        for point in sorted(feasible, key=lambda one: -one.quality):
+            shares = [f"{point.share(cost):.0%}" for cost in ("ms", "flops", "kv_bytes")]  # type: ignore[arg-type]
+            row = [point.name, point.budget or "fixed", f"{point.quality:.4g} ± {point.se:.2g}", *shares]
+            best = id(point) in front
+            table.add_row(*(Text(cell, "bold" * best) for cell in [*row, "yes" * best]))
+        return table
+
+    def reasons(self) -> list[str]:
+        """Why methods cannot do what was asked, one line per infeasible point."""
+        return [
+            f"{point.name} at {point.budget or 'its own rates'}: {point.infeasible}"
+            for point in self.points
+            if point.infeasible is not None
+        ]

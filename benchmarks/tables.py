@@ -41,13 +41,101 @@ def prefill(data: dict[str, Any]) -> str:
     return f"{table(header, rows)}\n\n{note}"
 
 
+def vit(data: dict[str, Any]) -> str:
+    """The tables of ``benchmarks/vit.py``."""
+    found, place = data["accuracy"], data["environment"]
+    accuracy = table(
+        ["method", "ratio", "patch tokens", "operations", "accuracy", "minus unpatched"],
+        [
+            ["all tokens", "1", str(found["rows"][0]["tokens"]), "100%", plus_minus(found["full"], "{:.3f}"), ""],
+            *(
+                [
+                    row["method"],
+                    f"{row['ratio']:g}",
+                    str(row["kept_tokens"]),
+                    f"{row['flops']:.0%}",
+                    plus_minus(row["accuracy"], "{:.3f}"),
+                    plus_minus(row["minus_full"], "{:+.3f}"),
+                ]
+                for row in found["rows"]
+            ),
+        ],
+    )
+    shipped, small = data["speed"]["shipped"], data["speed"]["small"]
+    speed = table(
+        ["method", "ratio", "shipped model: operations", "times faster", "ViT-S/16 size: operations", "times faster"],
+        [
+            [a["method"], f"{a['ratio']:g}", f"{a['flops']:.0%}", faster(a), f"{b['flops']:.0%}", faster(b)]
+            for a, b in zip(shipped["rows"], small["rows"], strict=True)
+        ],
+    )
+    accuracy_note = (
+        f"Accuracy of the shipped model on {found['pages']} test pages (seed {found['test_seed']}), ± one standard "
+        f"error; the difference is paired per page. Chance is {found['chance']:.3f}, one of the page's digits "
+        f"at random {found['a_digit_of_the_page']:.3f}. Operations are measured, matching and mixing included."
+    )
+    speed_note = (
+        "Speed against the unpatched model in the same round, median (least to most) of "
+        f"{shipped['rounds']} rounds: the shipped model with a batch of {shipped['batch']}, and a model of ViT-S/16's "
+        f"proportions at 224 pixels with random weights and a batch of {small['batch']}."
+    )
+    where = (
+        f"{place['dtype']}, {place['threads']} thread(s), {place['device']}, torch "
+        f"{place['versions']['torch']}, commit `{(place['git'] or 'unknown')[:12]}`."
+    )
+    return "\n\n".join([accuracy_note, accuracy, speed_note, speed, where])
+
+
+def plus_minus(value: dict[str, float], form: str) -> str:
+    """Mean and standard error."""
+    return f"{form.format(value['mean'])} ± {value['se']:.3f}"
+
+
+def faster(row: dict[str, Any]) -> str:
+    """Median speed with its spread."""
+    times = row["times_faster"]
+    return f"{times['median']:.2f} x ({times['min']:.2f} to {times['max']:.2f})"
+
+
+def greedy(data: dict[str, Any]) -> str:
+    """The table of ``benchmarks/greedy.py``."""
+    rows = [
+        [
+            result["selection"],
+            form,
+            f"{result['ms']['ours']['median']:.1f} ms",
+            f"{result['ms'][form]['median']:.0f} ms",
+            f"{times:.0f} x",
+        ]
+        for result in data["results"]
+        for form, times in result["speedup"].items()
+    ]
+    header = ["selection", "naive form", "ours", "naive", "naive over ours"]
+    place = data["environment"]
+    note = (
+        f"{data['keep']} of {data['tokens']} tokens; the similarities that all start from took "
+        f"{data['similarity_ms']['median']:.0f} ms more. Medians of {data['results'][0]['runs']} runs in turn, "
+        f"{place['dtype']}, threads: {place['threads']}, {place['device']}, torch "
+        f"`{(place['git'] or 'unknown')[:12]}`. What the naive forms do is said in `benchmarks/greedy.py`, which times "
+        "nothing before all choose the same tokens in the same order."
+    )
+    return f"{table(header, rows, left=2)}\n\n{note}"
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/prefill_cpu_real.json"))
     parser.add_argument("--page", type=Path, default=Path("README.md"))
+    parser.add_argument("--vit-results", type=Path, default=Path("benchmarks/results/vit_cpu.json"))
+    parser.add_argument("--vit-page", type=Path, default=Path("docs/vit.md"))
+    parser.add_argument("--greedy-results", type=Path, default=Path("benchmarks/results/greedy_cpu.json"))
+    parser.add_argument("--greedy-page", type=Path, default=Path("docs/pruners/divprune.md"))
     arguments = parser.parse_args()
     replace_section(arguments.page, "prefill", prefill(json.loads(arguments.results.read_text(encoding="utf-8"))))
+    choice = json.loads(arguments.greedy_results.read_text(encoding="utf-8"))
+    replace_section(arguments.greedy_page, "greedy", greedy(choice))
+    replace_section(arguments.vit_page, "vit", vit(json.loads(arguments.vit_results.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

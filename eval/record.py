@@ -18,6 +18,7 @@ def environment(device: str = "cpu", dtype: str = "float32") -> dict[str, Any]:
     import torch
 
     from vlm_budget import __version__
+    from vlm_budget.machine import processor_name
 
     found: dict[str, str] = {"vlm-budget": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
@@ -48,15 +49,6 @@ def git_hash() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def processor_name() -> str | None:
-    """The CPU's model name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
 
 
 def write_json(path: str | Path, data: dict[str, Any]) -> None:

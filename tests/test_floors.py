@@ -28,10 +28,12 @@ FOREIGN = {
     "triton_kernels": {"torch", "triton"},
     "vlm_budget": CORE | {"rich", "PIL"},  # reports are rich tables, images.py and picture.py are Pillow
     "vlm_budget/cli": CORE | {"typer", "rich", "PIL"},
+    "vlm_budget/search": CORE | {"rich", "optuna", "scipy", "matplotlib"},  # the extra "search", imported where used
     "vlm_budget/serving": CORE | {"vllm"},
     "pruners": METHODS,
     "video": FRAMES,
     "eval": REPORTS,
+    "eval/vit": REPORTS | {"timm"},  # its shipped model is timm's
     "demos": REPORTS | FRAMES | {"gradio"},
 }
 

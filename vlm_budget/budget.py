@@ -2,7 +2,8 @@
 
 ``Budget.parse`` accepts what users type: ``0.2`` and ``"20%"`` are ratios of the *unpruned visual tokens of a prompt*,
 ``128`` and ``"128 tokens"`` are tokens per prompt (one batch row, all its images together). FLOPs, milliseconds and
-megabytes are understood by the grammar, and refused until a cost model can turn them into tokens.
+bytes are what one prompt may cost the language model: its pass over the prompt, or the cache that this leaves. They
+become tokens in a plan, with the prices of a :class:`~vlm_budget.cost.CostModel`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _SHARES: dict[str, Unit] = {
     "token": "ratio",
     "tokens": "ratio",
     "flops": "flops",
+    "ms": "ms",
     "time": "ms",
     "latency": "ms",
     "kv": "bytes",
@@ -53,7 +55,8 @@ class Budget:
 
     Attributes:
         amount: How much. A share in (0, 1] when ``relative``, else tokens, FLOPs, milliseconds or bytes.
-        unit: ``"ratio"`` (share of visual tokens), ``"tokens"``, ``"flops"``, ``"ms"`` or ``"bytes"`` (KV cache).
+        unit: ``"ratio"`` (share of visual tokens), ``"tokens"``, or of the language model's pass over the prompt
+            ``"flops"``, ``"ms"``, and ``"bytes"`` of KV cache.
         relative: The amount is a share of what the unpruned model would spend.
     """
 
@@ -95,7 +98,7 @@ class Budget:
 
         Args:
             value: A :class:`Budget`, a float ratio in (0, 1], an int number of tokens, or text such as ``"25%"``,
-                ``"128 tokens"``, ``"40% flops"``, ``"80 ms"``, ``"200 MB kv"``.
+                ``"128 tokens"``, ``"40% flops"``, ``"80 ms"``, ``"50% ms"``, ``"200 MB kv"``.
 
         Raises:
             BudgetError: Not a budget: zero, negative, NaN, above 100 %, fractional tokens, unknown unit.
@@ -125,15 +128,16 @@ class Budget:
         raise BudgetError(f"unknown unit in budget {text!r}. Try one of {_EXAMPLES}.")
 
     def require_token_unit(self) -> None:
-        """Refuse the units that need a cost model.
+        """Refuse the units that only a plan can turn into tokens.
 
         Raises:
             BudgetError: The unit is FLOPs, milliseconds or bytes.
         """
         if self.unit not in ("ratio", "tokens"):
             raise BudgetError(
-                f"budget '{self}' is not yet supported: turning {self.unit} into tokens needs a cost model, which this "
-                "version does not have. Use a ratio (0.2, '20%') or tokens (128, '128 tokens')."
+                f"budget '{self}' is no number of tokens by itself: how many it buys depends on the model and the "
+                "prompt. patch(model, method, budget) and handle.plan(**inputs) work it out; here, use a ratio (0.2, "
+                "'20%') or tokens (128, '128 tokens')."
             )
 
     def tokens(self, total: int, items: int = 1) -> int:
@@ -146,7 +150,7 @@ class Budget:
             items: Images and videos among them; each keeps at least one token.
 
         Raises:
-            BudgetError: More tokens than exist, fewer than one per item, or a unit that needs a cost model.
+            BudgetError: More tokens than exist, fewer than one per item, or a unit that is priced by a cost model.
         """
         self.require_token_unit()
         exact = Decimal(repr(self.amount)) * (int(total) if self.unit == "ratio" else 1)
@@ -170,6 +174,18 @@ class Budget:
             return f"{_short(Decimal(repr(self.amount)) * 100)}%{name}"
         name = {"tokens": "tokens", "flops": "flops", "ms": "ms", "bytes": "B kv"}[self.unit]
         return f"{_short(Decimal(repr(self.amount)))} {name}"
+
+
+def in_words(amount: float, unit: Unit) -> str:
+    """An amount for people, in four digits: ``1.234 GFLOPs``, ``80 ms``, ``12.5 MB kv``."""
+    if unit == "ms":
+        return f"{amount:.4g} ms"
+    prefix = next((name for name, size in _PREFIXES if amount >= size), "")
+    size = dict(_PREFIXES).get(prefix, 1)
+    return f"{amount / size:.4g} {prefix}FLOPs" if unit == "flops" else f"{amount / size:.4g} {prefix}B kv"
+
+
+_PREFIXES = (("P", 10**15), ("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3))
 
 
 def _short(number: Decimal) -> str:

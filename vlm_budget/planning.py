@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
 from typing import Protocol
 
 from .allocate import split
-from .budget import Budget, Unit
+from .budget import Budget, Unit, in_words
 from .decoder import DecoderPruner, Step
 from .errors import BudgetError
 from .layout import VisualItem, VisualLayout
@@ -93,14 +94,11 @@ class _Prompt:
         if decoder is None:
             assert vision is not None
             return self._plans(vision.shares(budget, self.items), ())
-        sharer = vision or Pruner()
-        tokens = sharer.tokens(budget, self.items)
-        if tokens == self.total:
-            return self.all_kept()
-        spend = tokens * self.layers
+        spend = (vision or Pruner()).tokens(budget, self.items) * self.layers
         if budget.unit == "ratio" and vision is None:
-            spend = round(budget.amount * self.total * self.layers)  # finer than whole tokens per layer
-        return self.spending(spend)
+            # Finer than whole tokens per layer, and rounded like them.
+            spend = budget.tokens(self.total * self.layers)
+        return self.all_kept() if spend == self.total * self.layers else self.spending(spend)
 
     def spending(self, spend: int) -> list[ItemPlan]:
         """Plans with so many visual tokens summed over the decoder's layers."""
@@ -108,19 +106,23 @@ class _Prompt:
         if vision is None:
             assert decoder is not None
             return self._plans(self.sizes, self._steps(self.total, spend))
-        if decoder is None:
-            return self._plans(self._shares(max(spend // self.layers, len(self.items))), ())
-        # Equal ratios for both stages where the method inside can reach its part, else less for the one before.
         least = max(len(self.items), spend // self.layers)
+        if decoder is None:
+            return self._plans(self._shares(least), ())
+        # Equal ratios for both stages where the method inside can reach its part, else less for the one before.
         even = round((self.total * spend / self.layers) ** 0.5)
-        entering = least if decoder.fixed else min(max(even, least), self.total)
-        if decoder.fixed:
-            entering = _largest(least, self.total, lambda tokens: self._spent(tokens, None) <= spend)
-        else:
-            entering = _largest(least, entering, lambda tokens: self._spent(tokens, spend) <= spend)
+        most = self.total if decoder.fixed else min(max(even, least), self.total)
+        entering = _largest(least, most, lambda tokens: self._spent(tokens, spend) <= spend)
         return self._plans(self._shares(entering), self._steps(entering, spend))
 
-    def _spent(self, tokens: int, spend: int | None) -> float:
+    def reached(self, spend: int) -> list[ItemPlan] | None:
+        """:meth:`spending`, or None where the methods cannot get down to it."""
+        try:
+            return self.spending(spend)
+        except BudgetError:
+            return None
+
+    def _spent(self, tokens: int, spend: int) -> float:
         try:
             steps = self._steps(tokens, spend)
         except BudgetError:
@@ -162,14 +164,34 @@ def make_plan(methods: Methods, budget: Budget | None, layout: VisualLayout, fac
         facts: Of the model and the prompts.
 
     Raises:
-        BudgetError: The budget cannot be met by some prompt; the message names the nearest one that can.
+        BudgetError: The budget cannot be met by some prompt; the message names the nearest one that can, by all of them
+            where it is in FLOPs, milliseconds or bytes.
     """
     plans: list[ItemPlan] = []
+    faults: list[_OutOfReach] = []
     for row, (items, text) in enumerate(zip(layout.rows, facts.text, strict=True)):
-        if items:
+        if not items:
+            continue
+        try:
             found = _row_plan(_Prompt(methods, items, facts.layers), budget, text, facts.cost)
-            plans += [ItemPlan(row, plan.modality, plan.total, plan.keep, plan.steps) for plan in found]
+        except _OutOfReach as fault:
+            faults.append(fault)
+            continue
+        plans += [ItemPlan(row, plan.modality, plan.total, plan.keep, plan.steps) for plan in found]
+    if faults:
+        raise max(faults, key=lambda fault: fault.nearest.amount).as_budget_error()
     return Plan(str(methods), "fields" if budget is None else str(budget), tuple(plans), len(layout.rows))
+
+
+class _OutOfReach(Exception):
+    """A prompt that costs more than the budget even with the fewest tokens."""
+
+    def __init__(self, message: str, nearest: Budget) -> None:
+        super().__init__(message)
+        self.nearest = nearest
+
+    def as_budget_error(self) -> BudgetError:
+        return BudgetError(f"{self} The nearest feasible budget is '{self.nearest}'.")
 
 
 def _row_plan(prompt: _Prompt, budget: Budget | None, text: int, cost: Cost) -> list[ItemPlan]:
@@ -177,44 +199,49 @@ def _row_plan(prompt: _Prompt, budget: Budget | None, text: int, cost: Cost) -> 
         return prompt._plans(prompt.sizes, prompt._steps(prompt.total, None))
     if budget.unit in ("ratio", "tokens"):
         return prompt.within(budget)
+    unit = budget.unit
 
-    def spent(plans: Sequence[ItemPlan]) -> float:
+    def price(plans: Sequence[ItemPlan]) -> float:
         visual = [sum(plan.tokens_at(layer) for plan in plans) for layer in range(prompt.layers)]
-        return cost.amount(budget.unit, text, visual)
+        return cost.amount(unit, text, visual)
 
-    full = spent(prompt.all_kept())
+    full = price(prompt.all_kept())
     allowed = budget.amount * full if budget.relative else budget.amount
     if allowed >= full:
         return prompt.all_kept()
-    unit = 1 if prompt.methods.decoder is not None else prompt.layers
-    least = _least(prompt, unit)
-    cheapest = spent(prompt.spending(least * unit))
+    # Whole tokens where nothing is dropped inside, else the finest that a schedule can be given.
+    grain = 1 if prompt.methods.decoder is not None else prompt.layers
+    least = _least(prompt, grain)
+    cheapest = price(prompt.spending(least * grain))
     if cheapest > allowed:
-        raise BudgetError(
-            f"budget '{budget}' allows {_amount(allowed, budget.unit)}, but the prompt costs at least "
-            f"{_amount(cheapest, budget.unit)} with {str(prompt.methods)} ({text} text tokens and as few visual tokens "
-            f"as it can keep), of {_amount(full, budget.unit)} unpruned. The nearest feasible budget is "
-            f"'{_nearest(cheapest, full, budget)}'."
+        raise _OutOfReach(
+            f"budget '{budget}' allows {in_words(allowed, unit)}, but the prompt costs at least "
+            f"{in_words(cheapest, unit)} with {prompt.methods} ({text} text tokens and as few visual tokens as it can "
+            f"keep), of {in_words(full, unit)} unpruned.",
+            _nearest(cheapest, full, budget),
         )
-    most = prompt.total * prompt.layers // unit
-    return prompt.spending(unit * _largest(least, most, lambda n: spent(prompt.spending(n * unit)) <= allowed))
+
+    def fits(spend: int) -> bool:
+        plans = prompt.reached(spend * grain)
+        return plans is not None and price(plans) <= allowed
+
+    return prompt.spending(_largest(least, prompt.total * prompt.layers // grain, fits) * grain)
 
 
-def _least(prompt: _Prompt, unit: int) -> int:
-    """The smallest spending, in steps of ``unit``, that the methods can reach."""
-    low, high = max(1, len(prompt.items)), prompt.total * prompt.layers // unit
+def _least(prompt: _Prompt, grain: int) -> int:
+    """The smallest spending, in multiples of ``grain``, that the methods can reach."""
+    low, high = len(prompt.items), prompt.total * prompt.layers // grain
     while low < high:
         middle = (low + high) // 2
-        try:
-            prompt.spending(middle * unit)
-            high = middle
-        except BudgetError:
-            low = middle + 1
+        low, high = (low, middle) if prompt.reached(middle * grain) is not None else (middle + 1, high)
     return low
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """The largest number in [low, high] that fits, where all smaller ones do; ``low`` is taken to fit."""
+    """The largest number in [low, high] that fits, where all smaller ones do; ``low`` is taken to fit.
+
+    Where they do not (a schedule that gets cheaper somewhere as it gets longer), the answer still fits.
+    """
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -225,15 +252,14 @@ def _at(steps: Sequence[Step], layer: int, tokens: int) -> int:
     return next((step.keep for step in reversed(steps) if step.layer <= layer), tokens)
 
 
-def _amount(value: float, unit: Unit) -> str:
-    scale, name = {"flops": (1e9, "GFLOPs"), "ms": (1, "ms"), "bytes": (1e6, "MB kv")}[unit]
-    return f"{value / scale:.4g} {name}"
-
-
-def _nearest(cheapest: float, full: float, budget: Budget) -> str:
-    """The budget just above the cheapest, in the unit and the kind the user spoke."""
+def _nearest(cheapest: float, full: float, budget: Budget) -> Budget:
+    """The budget of four digits just above the cheapest, in the unit and the kind the user spoke."""
     digits = 4
-    if budget.relative:
-        step = 10.0**-digits
-        return str(Budget(min(1.0, (int(cheapest / full / step) + 1) * step), budget.unit))
-    return str(Budget(float(f"{cheapest * (1 + 10.0**-digits):.{digits}g}"), budget.unit, relative=False))
+    wanted = Decimal(cheapest) / Decimal(full) if budget.relative else Decimal(cheapest)
+    while True:
+        step = Decimal(1).scaleb(wanted.adjusted() - digits + 1)
+        rounded = (wanted / step).to_integral_value(ROUND_CEILING) * step
+        amount = float(min(rounded, Decimal(1))) if budget.relative else float(rounded)
+        if (amount * full if budget.relative else amount) >= cheapest:
+            return Budget(amount, budget.unit, budget.relative)
+        wanted = rounded + step  # a product of floats may fall short by a hair

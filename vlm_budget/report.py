@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from .budget import in_words
 from .plan import Plan
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from .layout import VisualItem
+    from .payoff import Forecast
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,11 +23,13 @@ class KeptItem:
         row: Batch row.
         item: Where every token of the item stands in the picture.
         positions: Positions of the kept tokens among the item's tokens, ascending.
+        steps: ``(layer, positions)`` pairs, layers ascending: what was left from that decoder layer on.
     """
 
     row: int
     item: VisualItem
     positions: tuple[int, ...]
+    steps: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,14 @@ class Report:
         select_ms: Choosing the tokens.
         compact_ms: Gathering the prompt's embeddings, positions and masks, and growing the output back.
         prefill_ms: Language model over the prompt (all chunks).
+        drop_ms: The part of it that choosing and gathering at decoder layers took.
         decode_steps: Language model calls after the prompt.
         decode_ms_per_token: Mean time of these calls, translating masks and positions included; None without any.
         kv_bytes: Cache held by the kept prompt; 0 without a cache.
         kv_bytes_unpruned: What the unpruned prompt would hold.
+        forecast: FLOPs, the predicted saving, and what a budget in real units promised; None for a text-only prompt and
+            for a further turn on a filled cache.
+        warnings: Why pruning is predicted not to pay; empty where it does.
     """
 
     method: str
@@ -57,10 +65,13 @@ class Report:
     select_ms: float
     compact_ms: float
     prefill_ms: float
+    drop_ms: float
     decode_steps: int
     decode_ms_per_token: float | None
     kv_bytes: int
     kv_bytes_unpruned: int
+    forecast: Forecast | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def visual_tokens(self) -> int:
@@ -111,10 +122,22 @@ class Report:
             ("encode", f"{self.encode_ms:.2f} ms, of it probes {self.probe_ms:.2f} ms"),
             ("select", f"{self.select_ms:.2f} ms"),
             ("compact", f"{self.compact_ms:.2f} ms"),
-            ("prefill", f"{self.prefill_ms:.2f} ms"),
+            ("prefill", f"{self.prefill_ms:.2f} ms" + (f", of it drops {self.drop_ms:.2f} ms" if self.drop_ms else "")),
             ("decode", f"{decode} ({self.decode_steps} steps)"),
             ("KV cache of the prompt", f"{self.kv_bytes:,} of {self.kv_bytes_unpruned:,} bytes"),
+            *(self._forecast_rows(self.forecast) if self.forecast is not None else ()),
+            *(("warning", warning) for warning in self.warnings),
         ]
+
+    def _forecast_rows(self, found: Forecast) -> list[tuple[str, str]]:
+        flops, full = in_words(found.prefill_flops, "flops"), in_words(found.prefill_flops_unpruned, "flops")
+        by = "calibrated times" if found.calibrated else "FLOPs"
+        saved = f"{found.saved_ms:.2f} ms, {found.saved_share:.1%} of the unpruned call, by {by}"
+        rows = [
+            ("FLOPs of the prefill", f"{flops} of {full}, and {in_words(found.encoder_flops, 'flops')} of the encoder"),
+            ("predicted saving", saved),
+        ]
+        return rows if found.promise is None else [*rows, ("promise", str(found.promise))]
 
     def __str__(self) -> str:
         """The rows as plain text."""

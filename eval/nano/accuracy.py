@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import LlavaNextForConditionalGeneration
 
 BUDGETS = (0.5, 0.3, 0.2, 0.1)
+INSIDE_BUDGETS = (0.75, *BUDGETS)  # schedules that leave two layers alone cannot go below half of nano's four
 NEWLINES = ("drop", "keep_all")
 POSITIONS = ("packed", "original")
 RANDOM_DRAWS = 3
@@ -133,7 +134,7 @@ def measure(
             rows.append({**_named(entry, method), **policy, **_scores(values, random, masks)})
     few = pages.first(inside_pages)
     few_masks = groups(few.samples)
-    for share in track(BUDGETS, description=f"{label}, inside"):
+    for share in track(INSIDE_BUDGETS, description=f"{label}, inside"):
         random = _random(model, few, Budget(share), "keep_all", "original")
         for entry in known:
             if entry.place != "before":

@@ -45,8 +45,9 @@ def poster(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Runs a verb in an empty folder."""
+    """Runs a verb in an empty folder, with no calibrations but its own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VLM_BUDGET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*args: object) -> Any:

@@ -56,7 +56,7 @@ def test_every_method_is_explained(cli: Cli, method: str) -> None:
 def test_the_methods_own_fields_come_first(cli: Cli) -> None:
     names = [row["name"] for row in json.loads(cli("explain", "hired", "--json").stdout)["fields"]]
     assert names[0] == "alpha"
-    assert names[-2:] == ["positions", "newline"]
+    assert names[-3:] == ["positions", "newline", "merge"]
 
 
 def test_types_are_shown_as_one_writes_values(cli: Cli) -> None:
@@ -77,7 +77,7 @@ def test_needs_name_the_layer_and_the_stand_in() -> None:
 def test_an_unknown_method_suggests(cli: Cli) -> None:
     result = cli("explain", "hird")
     assert result.exit_code == 1
-    assert "Did you mean 'hired'?" in result.stderr
+    assert "Did you mean 'hired'" in result.stderr
     with pytest.raises(UnknownNameError):
         describe(PRUNERS, "hird")
 

@@ -31,8 +31,8 @@ def seconds(cwd: Path, *command: str) -> float:
 def test_help_names_every_verb_and_each_shows_an_example(tmp_path: Path) -> None:
     done = vlm_budget(tmp_path, "--help")
     assert done.returncode == 0
-    assert all(verb in done.stdout for verb in ("demo", "run", "list", "explain"))
-    for verb in ("demo", "run", "list", "explain"):
+    assert all(verb in done.stdout for verb in ("demo", "run", "calibrate", "list", "explain"))
+    for verb in ("demo", "run", "calibrate", "list", "explain"):
         done = vlm_budget(tmp_path, verb, "--help")
         assert done.returncode == 0
         assert f"vlm-budget {verb}" in done.stdout

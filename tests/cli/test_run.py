@@ -16,7 +16,7 @@ from vlm_budget.cli.compare import Setting, compare
 from vlm_budget.cli.loading import Loaded, load
 from vlm_budget.cli.options import build_pruner
 from vlm_budget.cli.progress import TokenClock
-from vlm_budget.cli.prompt import build_inputs, prompt_text
+from vlm_budget.prompts import build_inputs, prompt_text
 
 Cli = Callable[..., Any]
 
@@ -61,7 +61,7 @@ def facts(cli: Cli, tiny_model: Path, poster: Path) -> dict[str, Any]:
 def test_json_is_one_object_with_the_documented_fields(facts: dict[str, Any], poster: Path) -> None:
     assert set(facts) == {
         *("command", "model", "method", "budget", "prompt", "images", "repeats", "full", "pruned", "ratio"),
-        *("positions", "text_only", "kept", "kept_picture"),
+        *("positions", "text_only", "promise", "warnings", "kept", "kept_picture"),
     }
     assert facts["model"]["class"] == "LlavaNextForConditionalGeneration"
     assert (facts["model"]["family"], facts["model"]["device"], facts["model"]["dtype"]) == (
@@ -139,6 +139,18 @@ def test_options_and_positions_reach_the_method(cli: Cli, tiny_model: Path, post
     assert facts["method"] == "HiRED(newline='keep_all', alpha=0.0)"
     assert facts["positions"] == "original"
     assert facts["kept"][0]["partitions"][0]["kept"] == 0
+
+
+@pytest.mark.parametrize(("budget", "unit"), [("40% flops", "flops"), ("30 kB kv", "bytes")])
+def test_a_budget_in_real_units_shows_promise_and_achievement(
+    cli: Cli, tiny_model: Path, poster: Path, budget: str, unit: str
+) -> None:
+    arguments = ("run", poster, "--model", tiny_model, "--budget", budget, *QUICK)
+    promise = json.loads(cli(*arguments, "--json").stdout)["promise"]
+    assert promise["unit"] == unit and promise["planned"] <= promise["allowed"]
+    assert promise["achieved"] == pytest.approx(promise["planned"])
+    shown = cli(*arguments).stdout
+    assert f"{Budget.parse(budget)}: " in shown and " allowed, " in shown and " planned, took " in shown
 
 
 def test_a_full_budget_gives_the_same_answer(cli: Cli, tiny_model: Path, poster: Path) -> None:

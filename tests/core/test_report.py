@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from vlm_budget import Plan, Report
+from vlm_budget.payoff import Forecast, Promise
 from vlm_budget.plan import ItemPlan
 
 REPORT = Report(
@@ -21,14 +22,29 @@ REPORT = Report(
     select_ms=0.5,
     compact_ms=0.25,
     prefill_ms=100.0,
+    drop_ms=2.5,
     decode_steps=31,
     decode_ms_per_token=7.125,
     kv_bytes=1_234_567,
     kv_bytes_unpruned=7_654_321,
+    forecast=Forecast(
+        prefill_flops=1_234_000_000,
+        prefill_flops_unpruned=5 * 10**12,
+        encoder_flops=3 * 10**9,
+        prefill_ms_unpruned=400.0,
+        overhead_ms=4.75,
+        saved_ms=-12.345,
+        saved_share=-0.031,
+        calibrated=True,
+        promise=Promise("ms", 100.0, 98.765, 97.5),
+    ),
+    warnings=("predicted not to pay", "decode-bound [at most]"),
 )
 TEXT_ONLY = replace(
     REPORT,
     plan=Plan("m", "20%", (), 1),
+    forecast=None,
+    warnings=(),
     encode_ms=0.0,
     decode_steps=0,
     decode_ms_per_token=None,
@@ -45,9 +61,14 @@ FACTS = [
     "12.35 ms, of it probes 1.50 ms",
     "0.50 ms",
     "0.25 ms",
-    "100.00 ms",
+    "100.00 ms, of it drops 2.50 ms",
     "7.12 ms per token (31 steps)",
     "1,234,567 of 7,654,321 bytes",
+    "1.234 GFLOPs of 5 TFLOPs, and 3 GFLOPs of the encoder",
+    "-12.35 ms, -3.1% of the unpruned call, by calibrated times",
+    "100 ms allowed, 98.77 ms planned, took 97.5 ms",
+    "predicted not to pay",
+    "decode-bound [at most]",
 ]
 
 
@@ -67,7 +88,7 @@ def test_text_and_table_tell_the_same_facts_in_the_same_order() -> None:
     rows = [line.strip().partition(": ") for line in str(REPORT).splitlines()[1:]]
     lines = rendered(REPORT).splitlines()
     places = [next(i for i, line in enumerate(lines) if name in line and value in line) for name, _, value in rows]
-    assert places == sorted(places) and len(set(places)) == len(rows) == 9
+    assert places == sorted(places) and len(set(places)) == len(rows) == 14
 
 
 def test_a_report_counts_its_tokens() -> None:
@@ -95,10 +116,23 @@ def test_plain_data_survives_json_and_holds_every_field() -> None:
         "select_ms": 0.5,
         "compact_ms": 0.25,
         "prefill_ms": 100.0,
+        "drop_ms": 2.5,
         "decode_steps": 31,
         "decode_ms_per_token": 7.125,
         "kv_bytes": 1_234_567,
         "kv_bytes_unpruned": 7_654_321,
+        "forecast": {
+            "prefill_flops": 1_234_000_000,
+            "prefill_flops_unpruned": 5 * 10**12,
+            "encoder_flops": 3 * 10**9,
+            "prefill_ms_unpruned": 400.0,
+            "overhead_ms": 4.75,
+            "saved_ms": -12.345,
+            "saved_share": -0.031,
+            "calibrated": True,
+            "promise": {"unit": "ms", "allowed": 100.0, "planned": 98.765, "achieved": 97.5},
+        },
+        "warnings": ["predicted not to pay", "decode-bound [at most]"],
         "visual_tokens": 688,
         "kept_tokens": 70,
         "text_only": False,

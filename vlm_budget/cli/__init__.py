@@ -1,4 +1,4 @@
-"""The command line: ``vlm-budget demo | run | list | explain``, one file per verb.
+"""The command line: ``vlm-budget demo | run | calibrate | search | autotune | list | explain``, one file per verb.
 
 Only typer and rich load here; torch and transformers load inside the verbs that need them.
 """
@@ -10,10 +10,13 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .autotune import autotune
+from .calibrate import calibrate
 from .catalog import list_names
 from .demo import demo
 from .explain import explain
 from .run import run
+from .search import search
 
 app = typer.Typer(
     name="vlm-budget",
@@ -25,6 +28,9 @@ app = typer.Typer(
 )
 app.command("demo")(demo)
 app.command("run")(run)
+app.command("calibrate")(calibrate)
+app.command("search")(search)
+app.command("autotune")(autotune)
 app.command("list")(list_names)
 app.command("explain")(explain)
 

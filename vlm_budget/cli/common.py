@@ -54,7 +54,8 @@ BudgetOption = Annotated[
     typer.Option(
         "--budget",
         "-b",
-        help="What to keep of each prompt's visual tokens: a share (0.2, 20%) or a number (128, '128 tokens').",
+        help="What to keep of each prompt's visual tokens: a share (0.2, 20%) or a number (128, '128 tokens'); or what "
+        "a prompt may cost the language model: '40% flops', '80 ms', '50% ms', '200 MB kv'.",
         rich_help_panel=_HOW,
     ),
 ]

@@ -13,6 +13,7 @@ from .progress import Runs, TokenClock
 
 if TYPE_CHECKING:
     from ..patching import PatchHandle
+    from ..payoff import Promise
     from ..pruner import Pruner
     from ..report import KeptItem
 
@@ -58,6 +59,8 @@ class Comparison:
         kept: Per image, the kept positions.
         positions: ``"packed"`` or ``"original"``, as used.
         text_only: There was nothing to prune.
+        promise: Of a budget in real units, what it allowed and what the last run took; else None.
+        warnings: Why pruning is predicted not to pay, by the last run.
     """
 
     full: Side
@@ -65,6 +68,8 @@ class Comparison:
     kept: tuple[KeptItem, ...]
     positions: str
     text_only: bool
+    promise: Promise | None = None
+    warnings: tuple[str, ...] = ()
 
     def ratios(self) -> dict[str, float | None]:
         """Full over pruned; above 1 the budget is the smaller."""
@@ -79,6 +84,8 @@ class Comparison:
             "ratio": self.ratios(),
             "positions": self.positions,
             "text_only": self.text_only,
+            "promise": None if self.promise is None else asdict(self.promise),
+            "warnings": list(self.warnings),
         }
 
 
@@ -143,7 +150,9 @@ def compare(loaded: Loaded, inputs: Any, setting: Setting, runs: Runs) -> Compar
             pruned.append(_side(_answer(loaded, inputs, setting, runs), handle))
         full.append(replace(whole, answer=answer.text, first_token_ms=answer.first_token_ms))
     report = handle.report()
-    return Comparison(_median(full), _median(pruned), handle.kept(), report.positions, report.text_only)
+    promise = report.forecast.promise if report.forecast is not None else None
+    facts = (report.positions, report.text_only, promise, report.warnings)
+    return Comparison(_median(full), _median(pruned), handle.kept(), *facts)
 
 
 @dataclass(frozen=True)

@@ -111,14 +111,13 @@ def demo(
       vlm-budget demo --model llava-hf/llava-v1.6-vicuna-7b-hf
     """
     spend = Budget.parse(budget)
-    spend.require_token_unit()
     check_out(out)
 
+    from ..prompts import build_inputs
     from .compare import Setting, compare
     from .loading import NANO, load
     from .options import build_pruner
     from .progress import runs, steps
-    from .prompt import build_inputs
     from .show import save_kept, short
 
     stderr = err_console()
@@ -169,7 +168,7 @@ def held_out(
     """Right answers, unpruned and within the budget, and how many questions there were."""
     import torch
 
-    from .prompt import build_inputs
+    from ..prompts import build_inputs
 
     found = {"questions": sum(map(len, batches)), "right_full": 0, "right_pruned": 0}
     for batch in batches:

@@ -95,7 +95,13 @@ def needs_of(cls: type[Pruner]) -> list[str]:
 
 
 def _need(need: Attention, feature_layer: int) -> str:
-    kind = {"cls": "class-token attention", "received": "received attention"}.get(need.kind, need.kind)
+    kind = {
+        "cls": "class-token attention",
+        "joint_cls": "class-token attention with all heads as one",
+        "received": "received attention",
+        "keys": "key vectors",
+        "mean_keys": "key vectors, mean over heads",
+    }[need.kind]
     where = "the layer the language model reads" if need.layer == feature_layer else f"layer {need.layer}"
     return f"{kind} of the vision tower, {where}"
 

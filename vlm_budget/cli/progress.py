@@ -71,6 +71,10 @@ class Runs:
         """The run is over."""
         self._progress.advance(self._task)
 
+    def count(self, done: int, total: int) -> None:
+        """So many of so many runs are over."""
+        self._progress.update(self._task, description="measuring", completed=done, total=total, refresh=True)
+
 
 @contextmanager
 def runs(console: Console, total: int) -> Iterator[Runs]:

@@ -70,16 +70,15 @@ def run(
     from ..images import load_image
 
     spend = Budget.parse(budget)
-    spend.require_token_unit()
     check_out(out)
     files = images or []
     pictures = [load_image(file) for file in files]
 
+    from ..prompts import build_inputs
     from .compare import Setting, compare
     from .loading import load
     from .options import build_pruner
     from .progress import runs, steps
-    from .prompt import build_inputs
     from .show import print_comparison, save_kept, short
 
     stderr = err_console()

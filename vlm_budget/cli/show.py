@@ -85,6 +85,10 @@ def print_comparison(console: Console, comparison: Comparison, method: str, budg
             console.print(Text.assemble((f"{name}: ", "bold"), side.answer))
             console.print()
     console.print(comparison_table(comparison, method, budget))
+    if comparison.promise is not None:
+        console.print(Text(f"{budget}: {comparison.promise}"))
+    for warning in comparison.warnings:
+        console.print(Text(warning, "yellow"))
     if comparison.text_only:
         console.print(
             "[yellow]The prompt has no picture: there was nothing to prune, and the model ran unpruned.[/yellow]"

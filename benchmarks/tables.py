@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vlm_budget.budget import in_words
 from vlm_budget.eval.markdown import replace_section, table
 
 
@@ -116,8 +117,43 @@ def greedy(data: dict[str, Any]) -> str:
         f"{data['keep']} of {data['tokens']} tokens; the similarities that all start from took "
         f"{data['similarity_ms']['median']:.0f} ms more. Medians of {data['results'][0]['runs']} runs in turn, "
         f"{place['dtype']}, threads: {place['threads']}, {place['device']}, torch "
-        f"`{(place['git'] or 'unknown')[:12]}`. What the naive forms do is said in `benchmarks/greedy.py`, which times "
-        "nothing before all choose the same tokens in the same order."
+        f"{place['versions']['torch']}, commit `{(place['git'] or 'unknown')[:12]}`. What the naive forms do is "
+        "said in `benchmarks/greedy.py`, which times nothing before all choose the same tokens in the same order."
+    )
+    return f"{table(header, rows, left=2)}\n\n{note}"
+
+
+def budgets(data: dict[str, Any]) -> str:
+    """The table of ``benchmarks/budgets.py``."""
+    rows = [
+        [
+            row["method"],
+            row["budget"],
+            f"{row['mean_tokens_per_layer']:.0f} of {row['visual_tokens']}",
+            in_words(row["promised"], row["unit"]),
+            in_words(row["achieved"], row["unit"]),
+            f"{row['achieved_of_promised']:.3f}",
+            f"{row['of_unpatched_share']:.3f}" if "of_unpatched_share" in row else "",
+        ]
+        for row in data["results"]
+    ]
+    header = [
+        "method",
+        "budget",
+        "visual tokens per layer",
+        "promised",
+        "achieved",
+        "achieved over promised",
+        "over the share of the unpatched time",
+    ]
+    place, timed = data["environment"], [row for row in data["results"] if row["unit"] == "ms"]
+    note = (
+        f"A prompt of {data['prompt_tokens']} tokens. Milliseconds are medians of {timed[0]['runs']} runs in turn with "
+        "the unpatched model, promised from a calibration right before (worst error of its fit "
+        f"{data['calibration']['worst']:.1%}); FLOPs are counted by torch, bytes read off the cache. {place['dtype']}, "
+        f"{data['attention']} attention, threads: {place['threads']}, {place['device']}, torch "
+        f"{place['versions']['torch']}, transformers {place['versions']['transformers']}, commit "
+        f"`{(place['git'] or 'unknown')[:12]}`."
     )
     return f"{table(header, rows, left=2)}\n\n{note}"
 
@@ -131,10 +167,14 @@ def main() -> None:
     parser.add_argument("--vit-page", type=Path, default=Path("docs/vit.md"))
     parser.add_argument("--greedy-results", type=Path, default=Path("benchmarks/results/greedy_cpu.json"))
     parser.add_argument("--greedy-page", type=Path, default=Path("docs/pruners/divprune.md"))
+    parser.add_argument("--budgets-results", type=Path, default=Path("benchmarks/results/budgets_cpu.json"))
+    parser.add_argument("--budgets-page", type=Path, default=Path("docs/budgets.md"))
     arguments = parser.parse_args()
     replace_section(arguments.page, "prefill", prefill(json.loads(arguments.results.read_text(encoding="utf-8"))))
     choice = json.loads(arguments.greedy_results.read_text(encoding="utf-8"))
     replace_section(arguments.greedy_page, "greedy", greedy(choice))
+    kept = json.loads(arguments.budgets_results.read_text(encoding="utf-8"))
+    replace_section(arguments.budgets_page, "budgets", budgets(kept))
     replace_section(arguments.vit_page, "vit", vit(json.loads(arguments.vit_results.read_text(encoding="utf-8"))))
 
 

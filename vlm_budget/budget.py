@@ -27,6 +27,8 @@ _AMOUNTS: dict[str, tuple[Unit, float]] = {
     "token": ("tokens", 1),
     "tokens": ("tokens", 1),
     "flops": ("flops", 1),
+    "kflops": ("flops", 10**3),
+    "mflops": ("flops", 10**6),
     "gflops": ("flops", 10**9),
     "tflops": ("flops", 10**12),
     "pflops": ("flops", 10**15),
@@ -179,7 +181,7 @@ class Budget:
 def in_words(amount: float, unit: Unit) -> str:
     """An amount for people, in four digits: ``1.234 GFLOPs``, ``80 ms``, ``12.5 MB kv``."""
     if unit == "ms":
-        return f"{amount:.4g} ms"
+        return f"{amount:.4g} ms" if amount < 1e4 else f"{amount:.0f} ms"
     prefix = next((name for name, size in _PREFIXES if amount >= size), "")
     size = dict(_PREFIXES).get(prefix, 1)
     return f"{amount / size:.4g} {prefix}FLOPs" if unit == "flops" else f"{amount / size:.4g} {prefix}B kv"

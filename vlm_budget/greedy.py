@@ -11,7 +11,7 @@ import torch
 WHOLE_UP_TO = 2**27
 """Similarities that :class:`CosineRows` keeps at once (512 MiB in float32, 11,585 tokens)."""
 
-EXHAUSTED = 1e-6
+EXHAUSTED = 1e-5
 """Share of a token's length outside the span of the chosen ones that is no more than rounding."""
 
 
@@ -52,6 +52,7 @@ class CosineRows:
         return torch.cat(found)
 
 
+@torch.no_grad()
 def max_min(rows: CosineRows, k: int) -> torch.Tensor:
     """Tokens far apart: each next one is the farthest from its nearest chosen one.
 
@@ -75,6 +76,7 @@ def max_min(rows: CosineRows, k: int) -> torch.Tensor:
     return chosen[0]
 
 
+@torch.no_grad()
 def map_dpp(rows: CosineRows, log_quality: torch.Tensor, k: int) -> torch.Tensor:
     """Greedy MAP of a determinantal point process with the kernel ``diag(q) S diag(q)``.
 
@@ -117,6 +119,7 @@ def _below_everything(scores: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(places).scatter_(0, order, places * 1e30)
 
 
+@torch.no_grad()
 def max_coverage(rows: torch.Tensor, k: int) -> torch.Tensor:
     """Greedy maximum coverage: each next column raises the sum of row maxima most.
 

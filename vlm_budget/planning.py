@@ -142,7 +142,8 @@ class _Prompt:
 
     def _plans(self, keep: Sequence[int], steps: Sequence[Step]) -> list[ItemPlan]:
         """Item plans; every step is shared out in proportion to what each item still has."""
-        counts, taken = list(keep), [[] for _ in keep]
+        counts = list(keep)
+        taken: list[list[tuple[int, int]]] = [[] for _ in keep]
         for step in steps:
             floors = [1] * len(counts) if step.keep >= len(counts) and min(counts) else [0] * len(counts)
             counts = split(step.keep, counts, counts, floors)
@@ -211,21 +212,27 @@ def _row_plan(prompt: _Prompt, budget: Budget | None, text: int, cost: Cost) -> 
         return prompt.all_kept()
     # Whole tokens where nothing is dropped inside, else the finest that a schedule can be given.
     grain = 1 if prompt.methods.decoder is not None else prompt.layers
-    least = _least(prompt, grain)
-    cheapest = price(prompt.spending(least * grain))
-    if cheapest > allowed:
-        raise _OutOfReach(
-            f"budget '{budget}' allows {in_words(allowed, unit)}, but the prompt costs at least "
-            f"{in_words(cheapest, unit)} with {prompt.methods} ({text} text tokens and as few visual tokens as it can "
-            f"keep), of {in_words(full, unit)} unpruned.",
-            _nearest(cheapest, full, budget),
-        )
-
-    def fits(spend: int) -> bool:
-        plans = prompt.reached(spend * grain)
-        return plans is not None and price(plans) <= allowed
-
-    return prompt.spending(_largest(least, prompt.total * prompt.layers // grain, fits) * grain)
+    low, high = len(prompt.items), prompt.total * prompt.layers // grain
+    best: list[ItemPlan] | None = None
+    while low <= high:
+        middle = (low + high) // 2
+        plans = prompt.reached(middle * grain)
+        if plans is None or price(plans) <= allowed:
+            best, low = plans or best, middle + 1
+        else:
+            high = middle - 1
+    if best is not None:
+        return best
+    least = prompt.spending(_least(prompt, grain) * grain)
+    cheapest = price(least)
+    if cheapest <= allowed:  # a schedule that gets cheaper somewhere as it gets longer
+        return least
+    raise _OutOfReach(
+        f"budget '{budget}' allows {in_words(allowed, unit)}, but the prompt costs at least "
+        f"{in_words(cheapest, unit)} with {prompt.methods} ({text} text tokens and as few visual tokens as it can "
+        f"keep), of {in_words(full, unit)} unpruned.",
+        _nearest(cheapest, full, budget),
+    )
 
 
 def _least(prompt: _Prompt, grain: int) -> int:

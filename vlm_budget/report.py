@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .budget import in_words
-from .plan import Plan
+from .plan import ItemPlan, Plan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -114,7 +114,7 @@ class Report:
         )
         rows = [("visual tokens", why)] if self.text_only else []
         for item in self.plan.items:
-            rows.append((f"prompt {item.row}, {item.modality}", f"{item.keep} of {item.total} tokens"))
+            rows.append((f"prompt {item.row}, {item.modality}", f"{item.keep} of {item.total} tokens{_inside(item)}"))
         decode = "-" if self.decode_ms_per_token is None else f"{self.decode_ms_per_token:.2f} ms per token"
         return [
             *rows,
@@ -142,3 +142,13 @@ class Report:
     def __str__(self) -> str:
         """The rows as plain text."""
         return "\n".join([f"{self.method} at {self.budget}", *(f"  {name}: {value}" for name, value in self._rows())])
+
+
+def _inside(item: ItemPlan) -> str:
+    """What is left of an item inside the language model."""
+    if len(item.steps) > _FEW_STEPS:
+        return f", {item.steps[-1][1]} after {len(item.steps)} drops inside the language model"
+    return "".join(f", {count} from layer {layer} on" for layer, count in item.steps)
+
+
+_FEW_STEPS = 3

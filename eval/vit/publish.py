@@ -42,7 +42,7 @@ model = vit.load()
 
 ## Data
 
-Generated pages (`vlm_budget.eval.vit.pages`): a disc, the key, three to five digits in distinct colours, on some pages
+Generated pages (`vlm_budget.eval.vit.pages`): a disc, the key, three to six digits in distinct colours, on most pages
 letters that do not matter. Ten classes: the digit in the colour of the key. Training, validation and test pages come
 from different seeds.
 
@@ -50,8 +50,8 @@ from different seeds.
 
 {steps} steps of {batch} pages, every page seen {epochs} times, AdamW at {lr:g} with warm-up and cosine decay, bfloat16
 autocast, one CPU thread of a machine shared with other work: {minutes:.1f} minutes of CPU time. Two throw-away heads on
-patch tokens (what a patch shows; whether it is the digit asked for) and one on their mean (the class) help the class
-token along; they are not shipped. {versions}.
+patch tokens (what a patch shows; whether it is the digit asked for) help the class token along; they are not shipped.
+{versions}.
 
 ## Accuracy with all tokens
 

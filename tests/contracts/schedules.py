@@ -146,12 +146,14 @@ class Case:
     """A set-up with what the reference expects of it under :class:`Scheduled`.
 
     Attributes:
+        name: Of the set-up.
         tiny: A fresh model of its own, not patched.
         full: The unpruned prompts.
         prompts: The prompts with what is dropped from them.
         pruned: Tokens per prompt.
     """
 
+    name: str
     tiny: Tiny
     full: list[Row]
     prompts: list[Layered]
@@ -161,6 +163,10 @@ class Case:
         """Patch the model."""
         return vlm_budget.patch(self.tiny.model, Scheduled(), **options)
 
+    def run(self, **options: Any) -> list[list[int]]:
+        """Generate."""
+        return generate(self.tiny.model, self.tiny.clone(), **options)
+
 
 @cache
 def expected(name: str) -> Case:
@@ -169,7 +175,7 @@ def expected(name: str) -> Case:
     with vlm_budget.patch(tiny.model, Scheduled()) as handle, torch.no_grad():
         tiny.model(**tiny.clone())
         prompts = layered(full, handle.kept(), vision_packed=False, packed=False)
-    return Case(tiny, full, prompts, [greedy(prompt, TOKENS) for prompt in prompts])
+    return Case(name, tiny, full, prompts, [greedy(prompt, TOKENS) for prompt in prompts])
 
 
 def case(name: str) -> Case:

@@ -112,6 +112,23 @@ def test_beams_on_two_dimensional_masks(generating_case: Case, flash: None) -> N
         assert beams() == expected
 
 
+def test_gaps_behind_a_cache_are_refused_where_flash_attention_would_misread_them(
+    llava_case: Case, flash: None
+) -> None:
+    tiny = llava_case.tiny
+    use_flash(tiny.model)
+    inputs = row_inputs(tiny, 1)
+    for positions in ("packed", "original"):
+        with vlm_budget.patch(tiny.model, "uniform", BUDGET, positions=positions), torch.no_grad():
+            first = tiny.model(**inputs, use_cache=True)  # without a cache, one sequence with gaps is still one
+            later = {**inputs, "attention_mask": torch.ones(1, 2 * inputs["input_ids"].shape[1], dtype=torch.long)}
+            if positions == "packed":
+                tiny.model(**later, past_key_values=first.past_key_values)
+                continue
+            with pytest.raises(vlm_budget.PatchError, match="Use positions='packed'"):
+                tiny.model(**later, past_key_values=first.past_key_values)
+
+
 @pytest.mark.parametrize("method", VISION)
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl"])
 def test_every_method_keeps_the_same_tokens_on_every_backend(name: str, method: str, flash: None) -> None:

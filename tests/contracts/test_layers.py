@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,12 +15,11 @@ from vlm_budget import PatchError
 from vlm_budget.registry import PRUNERS
 from vlm_budget.report import KeptItem
 
-from .layered import Layered, Values, greedy, layered
-from .patched import DECODED, generate
+from .layered import Layered, Values, layered
+from .patched import DECODED, SAMPLE, generate
 from .schedules import (
     LAYERS,
     SETUPS,
-    TOKENS,
     Attended,
     OwnAttended,
     Recording,
@@ -54,7 +54,7 @@ def right_padded(tiny: Tiny) -> bool:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", SETUPS)
 def test_dropping_at_layers_equals_the_reference(name: str, method: str) -> None:
-    tiny, full = fresh(name), full_rows(name)
+    tiny, full = unpatched(name)[0], full_rows(name)
     valid = tiny.inputs["attention_mask"].bool()
     for mode in position_modes(name):
         with patch(tiny.model, method, positions=mode) as handle, torch.no_grad():
@@ -72,12 +72,10 @@ def test_dropping_at_layers_equals_the_reference(name: str, method: str) -> None
         prompts = layered(full, kept, vision_packed=False, packed=mode == "packed", values=values)
         for index, (prompt, single) in enumerate(zip(prompts, singles, strict=True)):
             logits = output.logits[index][valid[index]]
-            check_logits(prompt, logits)
+            check_logits(prompt, logits, tokens[index] if tokens is not None else None)
             mine = [(item.positions, item.steps) for item in kept if item.row == index]
             assert [(item.positions, item.steps) for item in single.kept] == mine
             torch.testing.assert_close(single.logits, logits, **DECODED)
-            if tokens is not None:
-                assert tokens[index] == greedy(prompt, TOKENS)
 
 
 @dataclass(frozen=True)
@@ -96,10 +94,18 @@ def alone(handle: Any, tiny: Tiny, index: int) -> Single:
     return Single(logits, handle.kept(), dict(handle.method.values))
 
 
-def check_logits(prompt: Layered, logits: torch.Tensor) -> None:
-    """Those of columns that reach the end are the reference's; a dropped column repeats the last one before it."""
+def check_logits(prompt: Layered, logits: torch.Tensor, tokens: list[int] | None) -> None:
+    """Those of columns that reach the end are the reference's; a dropped column repeats the last one before it.
+
+    Every generated token is the one that the reference would have chosen next.
+    """
     left = prompt.left
-    torch.testing.assert_close(logits[left], prompt.logits(), **DECODED)
+    want = prompt.then((tokens or [0])[:-1]).logits()
+    torch.testing.assert_close(logits[left], want[: len(left)], **DECODED)
+    if tokens is not None:
+        chosen = want[len(left) - 1 :]
+        chosen[:, SAMPLE["suppress_tokens"]] = -torch.inf
+        assert tokens == chosen.argmax(-1).tolist()
     source = [max((c for c in left if c <= column), default=left[0]) for column in range(prompt.row.length)]
     assert torch.equal(logits, logits[source])
 
@@ -116,7 +122,8 @@ def check_counts(handle: Any, promised: vlm_budget.Plan, cache: Any, tiny: Tiny)
     text = [int(row.sum()) for row in tiny.inputs["attention_mask"]]
     text = [count - sum(item.total for item in promised.items if item.row == row) for row, count in enumerate(text)]
     widths = [
-        max(count + promised.row_tokens(row, LAYERS)[layer] for row, count in enumerate(text)) for layer in range(LAYERS)
+        max(count + promised.row_tokens(row, LAYERS)[layer] for row, count in enumerate(text))
+        for layer in range(LAYERS)
     ]
     assert [layer.keys.shape[2] for layer in cache.layers] == widths
     assert cache.get_seq_length() == tiny.inputs["input_ids"].shape[1]
@@ -124,3 +131,23 @@ def check_counts(handle: Any, promised: vlm_budget.Plan, cache: Any, tiny: Tiny)
     assert report.kv_bytes == column * sum(widths)
     assert report.kv_bytes_unpruned == column * LAYERS * tiny.inputs["input_ids"].shape[1]
     assert report.drop_ms > 0
+
+
+@cache
+def unpatched(name: str) -> tuple[Tiny, torch.Tensor, list[list[int]] | None]:
+    """A set-up that is patched and unpatched again, with its logits and tokens before."""
+    tiny = fresh(name)
+    with torch.no_grad():
+        logits = tiny.model(**tiny.clone()).logits
+    return tiny, logits, None if right_padded(tiny) else generate(tiny.model, tiny.clone())
+
+
+@pytest.mark.parametrize("method", [name for name in REGISTERED if not PRUNERS.get(name)().fixed])
+@pytest.mark.parametrize("name", SETUPS)
+def test_keeping_all_is_bit_identical(name: str, method: str) -> None:
+    tiny, logits, tokens = unpatched(name)
+    with vlm_budget.patch(tiny.model, method, 1.0) as handle, torch.no_grad():
+        assert torch.equal(tiny.model(**tiny.clone()).logits, logits)
+        assert handle.report().plan.drop_layers == []
+        if tokens is not None:
+            assert generate(tiny.model, tiny.clone()) == tokens

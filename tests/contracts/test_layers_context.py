@@ -91,7 +91,6 @@ def test_rotary_embeddings_are_shown_where_positions_have_one_axis(name: str) ->
         assert (captured.visible is not None) == (name == "paligemma")
 
 
-
 def test_the_final_norm_is_the_models_own() -> None:
     prompts, contexts = shown("llava", Attended())
     ctx = next(iter(contexts.values()))

@@ -11,8 +11,9 @@ import transformers
 import vlm_budget
 from tiny_parts import FLOOR, VOCABULARY, row_inputs
 from vlm_budget import PatchError
+from vlm_budget.registry import PRUNERS
 
-from .layered import Layered, greedy, step_logits
+from .layered import Layered, greedy, layered, step_logits
 from .patched import DECODED, SAMPLE, generate, unpatched_or_skip
 from .reference import language_model, recorded
 from .schedules import GENERATING, KINDS, TOKENS, Attended, Case, Scheduled, case, unpruned
@@ -34,20 +35,18 @@ def test_greedy(name: str) -> None:
 
 
 def test_without_a_cache(kind: Case) -> None:
-    run = lambda: generate(kind.tiny.model, kind.tiny.clone(), use_cache=False)  # noqa: E731
-    unpatched_or_skip(run, None, "use_cache=False")
+    unpatched_or_skip(lambda: kind.run(use_cache=False), unpruned(kind.name), "use_cache=False")
     with kind.patch():
-        assert run() == kind.pruned
+        assert kind.run(use_cache=False) == kind.pruned
 
 
 def test_what_is_picked_does_not_change_as_an_answer_grows(kind: Case) -> None:
     # Without a cache every step sees prompt and answer; a method that ranks by the prompt's last token must not see it.
-    run = lambda **options: generate(kind.tiny.model, kind.tiny.clone(), **options)  # noqa: E731
-    unpatched_or_skip(lambda: run(use_cache=False), None, "use_cache=False")
+    unpatched_or_skip(lambda: kind.run(use_cache=False), unpruned(kind.name), "use_cache=False")
     with vlm_budget.patch(kind.tiny.model, Attended()) as handle:
-        with_cache = run()
+        with_cache = kind.run()
         first = [item.steps for item in handle.kept()]
-        assert run(use_cache=False) == with_cache
+        assert kind.run(use_cache=False) == with_cache
         assert [item.steps for item in handle.kept()] == first
 
 
@@ -125,13 +124,15 @@ def test_assisted_decoding_equals_greedy(kind: Case, drafter: str) -> None:
         helper.model.embed_tokens.weight = tiny.model.get_input_embeddings().weight
         helper.lm_head.weight = tiny.model.lm_head.weight
         options = {"assistant_model": helper}
-    plain = lambda: generate(tiny.model, row_inputs(tiny, 1), max_new_tokens=28)  # noqa: E731
-    assisted = lambda: generate(tiny.model, row_inputs(tiny, 1), max_new_tokens=28, **options)  # noqa: E731
-    unpatched_or_skip(assisted, plain(), drafter)
+
+    def run(**more: Any) -> list[list[int]]:
+        return generate(tiny.model, row_inputs(tiny, 1), max_new_tokens=28, **more)
+
+    unpatched_or_skip(lambda: run(**options), run(), drafter)
     with vlm_budget.patch(tiny.model, Attended()) as handle, recorded(language_model(tiny.model)) as calls:
-        want = plain()
+        want = run()
         alone, steps = len(calls), [item.steps for item in handle.kept()]
-        assert assisted() == want
+        assert run(**options) == want
         assert [item.steps for item in handle.kept()] == steps, "drafts behind the prompt were seen"
     assert len(calls) - alone < alone, "no draft was ever accepted: the test shows nothing"
 
@@ -141,10 +142,27 @@ def test_inputs_embeds_instead_of_input_ids(kind: Case) -> None:
     inputs = tiny.clone()
     with torch.no_grad():
         inputs["inputs_embeds"] = tiny.model.get_input_embeddings()(inputs.pop("input_ids"))
-    run = lambda: generate(tiny.model, inputs)  # noqa: E731
-    unpatched_or_skip(run, None, "inputs_embeds")
+    unpatched_or_skip(lambda: generate(tiny.model, inputs), unpruned(kind.name), "inputs_embeds")
     with kind.patch():
-        assert run() == kind.pruned
+        assert generate(tiny.model, inputs) == kind.pruned
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_text_only_rows_in_a_batch(place: int) -> None:
+    known = case("llava")
+    tiny, inputs = known.tiny, known.tiny.clone()
+    for name in ("input_ids", "attention_mask"):
+        row = torch.zeros(1, inputs[name].shape[1], dtype=torch.long)
+        row[0, -3:] = torch.tensor([17, 18, 19]) if name == "input_ids" else 1
+        inputs[name] = torch.cat([inputs[name][:place], row, inputs[name][place:]])
+    alone = generate(
+        tiny.model, {name: inputs[name][place : place + 1, -3:] for name in ("input_ids", "attention_mask")}
+    )
+    with known.patch() as handle:
+        tokens = generate(tiny.model, inputs)
+        assert {item.row for item in handle.kept()} == {0, 1, 2} - {place}
+    assert tokens.pop(place) == alone[0]
+    assert tokens == known.pruned
 
 
 # --- composition -----------------------------------------------------------------------------------------------------
@@ -152,13 +170,11 @@ def test_inputs_embeds_instead_of_input_ids(kind: Case) -> None:
 
 @pytest.mark.parametrize("name", GENERATING)
 def test_a_method_before_the_language_model_and_one_inside(name: str) -> None:
-    from .layered import layered
-
     known = case(name)
     tiny, mrope = known.tiny, known.full[0].multi_axis
     for positions in [None] if mrope else [None, "packed", "original"]:
         options = {} if positions is None else {"positions": positions}
-        methods = [vlm_budget.registry.PRUNERS.get("hired")(), Scheduled()]
+        methods = [PRUNERS.get("hired")(), Scheduled()]
         with vlm_budget.patch(tiny.model, methods, 0.3, **options) as handle, torch.no_grad():
             promised = handle.plan(**tiny.clone())
             output = tiny.model.generate(**tiny.clone(), **SAMPLE, return_dict_in_generate=True)
@@ -185,20 +201,20 @@ def test_a_static_cache_is_refused_before_it_holds_anything(kind: Case) -> None:
         assert generate(tiny.model, tiny.clone()) == kind.pruned
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 40])
+@pytest.mark.parametrize("chunk", [1, 7, 30])
 def test_a_prompt_in_chunks_is_refused(kind: Case, chunk: int) -> None:
-    tiny = kind.tiny
-    run = lambda **options: generate(tiny.model, tiny.clone(), prefill_chunk_size=chunk, **options)  # noqa: E731
-    unpatched_or_skip(run, None, "prefill in chunks")
+    unpatched_or_skip(lambda: kind.run(prefill_chunk_size=chunk), None, "prefill in chunks")
     with kind.patch(), pytest.raises(PatchError, match="needs the whole prompt at once. Pass prefill_chunk_size=None"):
-        run()
+        kind.run(prefill_chunk_size=chunk)
     with kind.patch():
-        assert generate(tiny.model, tiny.clone()) == kind.pruned
+        assert kind.run() == kind.pruned
 
 
 def test_a_chunk_that_holds_the_whole_prompt_is_none(kind: Case) -> None:
-    tiny = kind.tiny
-    run = lambda: generate(tiny.model, tiny.clone(), prefill_chunk_size=1000)  # noqa: E731
-    unpatched_or_skip(run, None, "prefill in chunks")
+    unpatched_or_skip(lambda: kind.run(prefill_chunk_size=1000), None, "prefill in chunks")
     with kind.patch():
-        assert run() == kind.pruned
+        if FLOOR:  # there a chunk never holds the last token
+            with pytest.raises(PatchError, match="needs the whole prompt at once"):
+                kind.run(prefill_chunk_size=1000)
+        else:
+            assert kind.run(prefill_chunk_size=1000) == kind.pruned

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_budget import Budget, BudgetError
+from vlm_budget.budget import in_words
 
 RATIO, TOKENS = ("ratio", True), ("tokens", False)
 
@@ -57,6 +58,8 @@ RATIO, TOKENS = ("ratio", True), ("tokens", False)
         ("2 TFLOPs", 2e12, ("flops", False)),
         ("1.5 gflops", 1.5e9, ("flops", False)),
         ("3 pflops", 3e15, ("flops", False)),
+        ("3 MFLOPs", 3e6, ("flops", False)),
+        ("3 kFLOPs", 3e3, ("flops", False)),
         ("100 flops", 100, ("flops", False)),
         ("80 ms", 80, ("ms", False)),
         ("80ms", 80, ("ms", False)),
@@ -205,6 +208,25 @@ def test_the_text_of_a_budget_reads_back_to_an_equal_one(budget: Budget) -> None
 )
 def test_the_text_of_a_budget_is_short(written: Any, text: str) -> None:
     assert str(Budget.parse(written)) == text
+
+
+@pytest.mark.parametrize(
+    ("amount", "unit", "words"),
+    [
+        (12, "flops", "12 FLOPs"),
+        (999.4, "flops", "999.4 FLOPs"),
+        (1000, "flops", "1 kFLOPs"),
+        (1.23456e12, "flops", "1.235 TFLOPs"),
+        (5e18, "flops", "5000 PFLOPs"),
+        (0.5, "ms", "0.5 ms"),
+        (12345.6, "ms", "12346 ms"),
+        (512, "bytes", "512 B kv"),
+        (2e8, "bytes", "200 MB kv"),
+    ],
+)
+def test_an_amount_in_words_reads_back(amount: float, unit: Any, words: str) -> None:
+    assert in_words(amount, unit) == words
+    assert Budget.parse(words).amount == pytest.approx(amount, rel=1e-3) and Budget.parse(words).unit == unit
 
 
 @pytest.mark.parametrize(

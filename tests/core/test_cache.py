@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from vlm_budget import PatchError
 from vlm_budget.engine import cache as module
-from vlm_budget.engine.cache import CacheState, VirtualLength, cache_state, set_cache_state
+from vlm_budget.engine.cache import CacheState, LayerGroup, VirtualLength, cache_state, set_cache_state
 
 ROWS, LAYERS, PHYSICAL, DROPPED, TAIL = 3, 2, 7, 4, 2
 VIRTUAL = PHYSICAL + DROPPED
@@ -229,3 +229,74 @@ def test_a_cache_that_was_never_pruned_behaves_as_before() -> None:
     cache.crop(-1)
     cache.reorder_cache(torch.tensor([1, 0, 2]))
     assert cache.get_seq_length() == PHYSICAL + 1 and cache_state(cache) is None
+
+
+# --- layers that hold fewer columns than layer 0 ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def uneven() -> Any:
+    """Layer 1 lost two columns more, the one at 1 and one of those before the last two."""
+    cache = DynamicCache()
+    shape = (ROWS, 2, PHYSICAL, 5)
+    cache.update(torch.randn(shape), torch.randn(shape), 0)
+    cache.update(torch.randn(shape)[:, :, 2:], torch.randn(shape)[:, :, 2:], 1)
+    valid = torch.ones(ROWS, PHYSICAL, dtype=torch.bool)
+    index = torch.tensor([0, 2, 3, 5, 6]).expand(ROWS, -1) + torch.zeros(ROWS, 1, dtype=torch.long)
+    group = LayerGroup(1, valid[:, 2:], index, torch.arange(ROWS), full=True)
+    state = CacheState(DROPPED, valid, COLUMNS, torch.zeros(ROWS), torch.tensor(TAIL), groups=(group,))
+    set_cache_state(cache, state)
+    return cache
+
+
+def test_every_layer_is_as_long_as_the_caller_thinks_outside_and_as_it_is_inside(uneven: Any) -> None:
+    query = torch.arange(1) if "cache_position" in signature(DynamicCache.get_mask_sizes).parameters else 1
+    assert [uneven.get_seq_length(layer) for layer in (0, 1)] == [VIRTUAL, VIRTUAL]
+    assert [uneven.get_mask_sizes(query, layer) for layer in (0, 1)] == [(VIRTUAL + 1, 0)] * 2
+    set_cache_state(uneven, CacheState(**{**vars(cache_state(uneven)), "physical": True}))
+    assert [uneven.get_seq_length(layer) for layer in (0, 1)] == [PHYSICAL, PHYSICAL - 2]
+    assert [uneven.get_mask_sizes(query, layer) for layer in (0, 1)] == [(PHYSICAL + 1, 0), (PHYSICAL - 1, 0)]
+
+
+def test_a_layer_belongs_to_the_last_group_that_starts_above_it(uneven: Any) -> None:
+    state = cache_state(uneven)
+    assert state is not None
+    (group,) = state.groups
+    later = LayerGroup(3, group.valid[:, :1], group.index[:, :1], group.shift, full=True)
+    state = CacheState(**{**vars(state), "groups": (group, later)})
+    assert [state.group(layer) for layer in range(5)] == [None, group, group, later, later]
+    assert [state.missing(layer) for layer in range(5)] == [0, 2, 2, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "rows"),
+    [
+        ("reorder_cache", torch.tensor([2, 0, 0]), [2, 0, 0]),
+        ("batch_select_indices", torch.tensor([1]), [1]),
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
+    ],
+)
+def test_records_of_groups_follow_the_rows(uneven: Any, name: str, argument: Any, rows: list[int]) -> None:
+    before = cache_state(uneven)
+    getattr(uneven, name)(argument)
+    after = cache_state(uneven)
+    assert before is not None and after is not None
+    for part in ("valid", "index", "shift"):
+        assert torch.equal(getattr(after.groups[0], part), getattr(before.groups[0], part)[rows])
+
+
+def test_cropping_takes_the_same_columns_off_every_layer(uneven: Any) -> None:
+    before = tensors(uneven)
+    uneven.crop(-TAIL)
+    assert all(torch.equal(a, b[:, :, :-TAIL]) for a, b in zip(tensors(uneven), before, strict=True))
+    state = cache_state(uneven)
+    assert state is not None and state.missing(1) == 2
+    assert state.groups[0].index.tolist() == [[0, 2, 3]] * ROWS
+    with pytest.raises(PatchError, match="dropped visual tokens"):
+        uneven.crop(-1)
+
+
+@pytest.mark.parametrize("duplicate", copies(), ids=["deepcopy", "pickle"])
+def test_copies_hold_their_groups(uneven: Any, duplicate: Any) -> None:
+    other = cache_state(duplicate(uneven))
+    assert other is not None and other.groups[0].index.tolist() == [[0, 2, 3, 5, 6]] * ROWS

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vlm_budget.engine.compact import Compaction, compact, packed_positions
+from vlm_budget.engine.compact import Compaction, compact, packed_positions, untouched
 
 LENGTHS = [1, 7, 63, 111, 577]
 PADDINGS = pytest.mark.parametrize("right_padded", [False, True], ids=["left", "right"])
@@ -132,3 +132,26 @@ def test_columns_keep_their_bits_in_every_dtype(dtype: torch.dtype) -> None:
     taken = plan.take(values)
     assert taken.dtype == plan.grow(taken).dtype == dtype
     assert torch.equal(taken[4], values[4])  # the last row keeps all
+
+
+@PADDINGS
+def test_two_compactions_in_one_gather_and_grow_like_one_after_the_other(right_padded: bool) -> None:
+    for first, _ in plans(right_padded):
+        keep = first.valid & ((torch.rand_like(first.valid, dtype=torch.float) < 0.6) | (first.index == 0))
+        keep[:, -1 if not right_padded else 0] = first.valid[:, -1 if not right_padded else 0]
+        second = compact(keep, int(keep.sum(1).max()), right_padded)
+        both, values = first.then(second), torch.randn(*first.keep.shape, 3)
+        assert torch.equal(both.valid, second.valid) and both.length == first.length
+        assert torch.equal(both.take(values)[both.valid], second.take(first.take(values))[second.valid])
+        shrunk = both.take(values)
+        for row in range(len(keep)):
+            left = both.index[row][both.valid[row]].tolist()
+            assert both.keep[row].nonzero().flatten().tolist() == left
+            assert torch.equal(both.grow(shrunk)[row][left], values[row][left])
+
+
+def test_columns_left_untouched_are_gathered_and_grown_to_themselves() -> None:
+    valid = torch.tensor([[False, True, True], [True, True, True]])
+    plan, values = untouched(valid), torch.randn(2, 3, 4)
+    assert torch.equal(plan.take(values), values)
+    assert torch.equal(plan.grow(values)[valid], values[valid])

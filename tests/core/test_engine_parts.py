@@ -15,10 +15,11 @@ from transformers import DynamicCache
 import synthetic_items as make
 from vlm_budget import VisualLayout
 from vlm_budget.engine.account import STAGES, Account, column_bytes
-from vlm_budget.engine.cache import CacheState, set_cache_state
+from vlm_budget.engine.cache import CacheState, LayerGroup, set_cache_state
 from vlm_budget.engine.clock import Interval, total_ms
 from vlm_budget.engine.local import CallLocal
 from vlm_budget.engine.taps import Tap
+from vlm_budget.report import Report
 
 CPU = torch.device("cpu")
 
@@ -125,8 +126,13 @@ def filled_cache(rows: int = 3, columns: int = 7, dtype: torch.dtype = torch.flo
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2), (torch.float64, 8)])
 def test_a_column_takes_keys_and_values_of_all_layers_rows_and_heads(dtype: torch.dtype, size: int) -> None:
-    assert column_bytes(filled_cache(dtype=dtype)) == 2 * 2 * 3 * 2 * 5 * size
-    assert column_bytes(None) == column_bytes(DynamicCache()) == 0
+    assert column_bytes(filled_cache(dtype=dtype)) == [2 * 3 * 2 * 5 * size] * 2
+    assert column_bytes(None) == column_bytes(DynamicCache()) == []
+
+
+def told(account: Account) -> Report:
+    """The account as a report; without a plan nothing is priced."""
+    return account.report("m", "20%", "packed", cost=None)  # type: ignore[arg-type]
 
 
 def test_an_account_tells_what_the_prompt_holds_and_would_hold() -> None:
@@ -136,15 +142,26 @@ def test_an_account_tells_what_the_prompt_holds_and_would_hold() -> None:
     )
     account = Account()
     account.note_cache(cache, virtual=11)
-    report = account.report("m", "20%", "packed")
-    assert (report.kv_bytes, report.kv_bytes_unpruned) == (7 * column_bytes(cache), 11 * column_bytes(cache))
+    report = told(account)
+    assert (report.kv_bytes, report.kv_bytes_unpruned) == (7 * sum(column_bytes(cache)), 11 * sum(column_bytes(cache)))
+
+
+def test_layers_that_lost_more_are_counted_each_by_its_own_length() -> None:
+    cache, valid = filled_cache(), torch.ones(3, 7, dtype=torch.bool)
+    group = LayerGroup(1, valid[:, :5], torch.arange(5).expand(3, -1), torch.zeros(3), True)
+    set_cache_state(cache, CacheState(4, valid, torch.zeros(3, 7), torch.zeros(3), torch.tensor(2), groups=(group,)))
+    account = Account()
+    account.note_cache(cache, virtual=11)
+    first, second = column_bytes(cache)
+    report = told(account)
+    assert (report.kv_bytes, report.kv_bytes_unpruned) == (7 * first + 5 * second, 11 * (first + second))
 
 
 def test_a_cache_that_lost_nothing_is_counted_whole() -> None:
     account = Account()
     account.note_cache(filled_cache(), virtual=7)
-    report = account.report("m", "20%", "packed")
-    assert report.kv_bytes == report.kv_bytes_unpruned == 7 * column_bytes(filled_cache())
+    report = told(account)
+    assert report.kv_bytes == report.kv_bytes_unpruned == 7 * sum(column_bytes(filled_cache()))
 
 
 def test_an_account_adds_stages_up_and_averages_decoding() -> None:
@@ -152,11 +169,11 @@ def test_an_account_adds_stages_up_and_averages_decoding() -> None:
     intervals = {stage: [Interval(CPU).stop() for _ in range(3)] for stage in STAGES}
     for stage, members in intervals.items():
         account.stages[stage] += members
-    report = account.report("m", "20%", "packed")
+    report = told(account)
     assert report.encode_ms == total_ms(intervals["encode"]) and report.prefill_ms == total_ms(intervals["prefill"])
     decoding = total_ms(intervals["decode"]) + total_ms(intervals["translate"])
     assert report.decode_steps == 3 and report.decode_ms_per_token == decoding / 3
-    assert Account().report("m", "20%", "packed").decode_ms_per_token is None
+    assert told(Account()).decode_ms_per_token is None
 
 
 def test_an_account_tells_which_tokens_of_each_item_stayed() -> None:
@@ -177,7 +194,7 @@ def test_an_account_tells_which_tokens_of_each_item_stayed() -> None:
 
 
 def test_an_account_without_a_plan_is_of_a_text_only_prompt() -> None:
-    report = Account().report("m", "20%", "packed")
+    report = told(Account())
     assert report.text_only and report.kv_bytes == report.kv_bytes_unpruned == 0
 
 

@@ -1,5 +1,6 @@
 """Attention masks of every form: which columns hold tokens, and what is left after compaction."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from vlm_budget import PatchError
 from vlm_budget.engine.compact import compact
-from vlm_budget.engine.masks import compact_square, is_square, new_columns_valid, padding_mask
+from vlm_budget.engine.masks import compact_square, is_square, layer_mask, new_columns_valid, padding_mask
 
 CPU = torch.device("cpu")
 FLAT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -154,3 +155,65 @@ def test_masks_that_cannot_be_shortened_are_refused_with_a_way_out() -> None:
         compact_square(object(), plan)
     with pytest.raises(PatchError, match="cache of 3 columns is shorter than the prompt of 5.*default dynamic cache"):
         compact_square(torch.ones(1, 1, 5, 3, dtype=torch.bool), plan, {"full_attention": 3})
+
+
+# --- layers that hold fewer columns ----------------------------------------------------------------------------------
+
+# Two prompts of 5 columns behind 3 cached ones; the layer lost one cached column and two new ones of each.
+ROWS = torch.tensor([[0, 2, 4], [1, 2, 4]])
+CACHED = torch.tensor([[0, 2], [1, 2]])
+COLUMNS = torch.cat([CACHED, ROWS + 3], 1)
+
+
+def by_hand(rows: torch.Tensor, columns: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """[B, 1, n, m] bool, what a layer's queries may see."""
+    seen = torch.zeros(len(rows), 1, rows.shape[1], columns.shape[1], dtype=torch.bool)
+    for row, query, column in itertools.product(*map(range, (len(rows), rows.shape[1], columns.shape[1]))):
+        past = columns[row, column] <= rows[row, query] + 3
+        seen[row, 0, query, column] = past & valid[row, column]
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("hole", [None, 0, 2], ids=["full", "cached padding", "new padding"])
+def test_a_layers_mask_is_gathered_from_that_of_layer_0(dtype: torch.dtype, hole: int | None) -> None:
+    valid = torch.ones(2, 5, dtype=torch.bool)
+    if hole is not None:
+        valid[0, hole] = False
+    whole = causal(torch.ones(2, 8), dtype)[:, :, 3:]
+    found = layer_mask(whole, ROWS, COLUMNS, valid, hole is None, "sdpa", torch.float32)
+    assert found is not None and found.dtype == dtype
+    assert torch.equal(found if dtype == torch.bool else found == 0, by_hand(ROWS, COLUMNS, valid))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_where_layer_0_needs_no_mask_a_layer_with_padding_gets_its_own(implementation: str) -> None:
+    valid = torch.tensor([[False, True, True], [True, True, True]])
+    found = layer_mask(None, ROWS, ROWS, valid, False, implementation, torch.float32)
+    want = causal(torch.ones(2, 3)) & valid[:, None, None, :]
+    assert found is not None
+    assert torch.equal(found == 0 if implementation == "eager" else found, want)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(ROWS, ROWS), (ROWS[:, :1], COLUMNS)], ids=["prefill", "decoding"])
+def test_a_layer_without_padding_needs_no_mask_where_layer_0_needs_none(
+    rows: torch.Tensor, columns: torch.Tensor
+) -> None:
+    valid = torch.ones_like(columns, dtype=torch.bool)
+    assert layer_mask(None, rows, columns, valid, True, "sdpa", torch.float32) is None
+    assert layer_mask(None, rows, columns, valid, True, "flash_attention_2", torch.float32) is None
+    eager = layer_mask(None, rows, columns, valid, True, "eager", torch.float32)
+    assert (eager is None) == (rows.shape[1] == 1), "eager attention without a mask sees what comes later"
+
+
+def test_several_queries_behind_a_cache_are_told_apart_even_without_padding() -> None:
+    valid = torch.ones(2, 5, dtype=torch.bool)
+    found = layer_mask(None, ROWS, COLUMNS, valid, True, "sdpa", torch.float32)
+    assert found is not None
+    assert torch.equal(found, by_hand(ROWS, COLUMNS, valid))
+
+
+@pytest.mark.parametrize("given", [None, torch.ones(2, 8, dtype=torch.bool)])
+def test_flash_attention_gets_one_flag_per_column_of_the_layer(given: torch.Tensor | None) -> None:
+    valid = torch.tensor([[False, True, True, True, True], [True] * 5])
+    assert layer_mask(given, ROWS, COLUMNS, valid, False, "flash_attention_2", torch.float32) is valid

@@ -91,6 +91,19 @@ def test_text_and_table_tell_the_same_facts_in_the_same_order() -> None:
     assert places == sorted(places) and len(set(places)) == len(rows) == 14
 
 
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ((), "63 of 577 tokens"),
+        (((2, 40), (8, 7)), "63 of 577 tokens, 40 from layer 2 on, 7 from layer 8 on"),
+        (((1, 50), (2, 40), (3, 30), (4, 0)), "63 of 577 tokens, 0 after 4 drops inside the language model"),
+    ],
+)
+def test_drops_inside_the_language_model_are_told(steps: tuple[tuple[int, int], ...], words: str) -> None:
+    report = replace(REPORT, plan=Plan("m", "20%", (ItemPlan(0, "image", 577, 63, steps),), 1))
+    assert f"prompt 0, image: {words}\n" in str(report)
+
+
 def test_a_report_counts_its_tokens() -> None:
     assert (REPORT.visual_tokens, REPORT.kept_tokens, REPORT.text_only) == (688, 70, False)
 

@@ -1,6 +1,8 @@
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import vlm_budget
 from fingerprint import changes, fingerprint
 from tiny_vit import images, tiny_vit
 from vlm_budget.engine import vit
@@ -213,6 +216,18 @@ def test_features_and_head_in_two_calls_are_the_model() -> None:
             model.forward_head(features)
 
 
+def test_no_tensor_outlives_its_pass() -> None:
+    model = tiny_vit(5, global_pool="avg")
+    with patch_vit(model, "tome", ratio=0.5):
+        seen = []
+        for module in (*model.blocks, model.norm, model.fc_norm):
+            module.register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
+        model(images(model))
+        gc.collect()
+        assert len(seen) == 6
+        assert all(tensor() is None for tensor in seen)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients_reach_every_weight(name: str) -> None:
     model = tiny_vit(5).train()
@@ -276,6 +291,20 @@ def test_undo_waits_for_a_thread_inside() -> None:
     hook.remove()
     handle.undo()
     assert not handle.active
+
+
+def test_the_verbs_of_the_library_take_a_vision_transformer() -> None:
+    model = tiny_vit()
+    pixels = images(model)
+    plain = model(pixels)
+    handle = vlm_budget.patch(model, "tome", budget=0.5)
+    model(pixels)
+    assert handle.report().kept_tokens == 8
+    vlm_budget.unpatch(model)
+    assert torch.equal(model(pixels), plain)
+    with vlm_budget.patch(model, "token_transforming", ratio=0.5, self_weight=0.5) as handle:
+        model(pixels)
+        assert str(handle.method) == "VitTokenTransforming(self_weight=0.5)"
 
 
 def test_a_budget_may_be_said_in_three_ways() -> None:

@@ -72,8 +72,8 @@ def calibrate(
         return
     console = out_console()
     console.print(_table(latency, len(family.language_model(base).layers)))  # type: ignore[arg-type]
-    step = latency.decode_ms(latency.longest)
-    console.print(f"Worst error {latency.worst:.1%}; a decoding step behind the longest prompt takes {step:.2f} ms.")
+    decode = latency.decode_ms(latency.longest)
+    console.print(f"Worst error {latency.worst:.1%}; a decoding step behind the longest prompt takes {decode:.2f} ms.")
     console.print(Text(str(setting), "dim"), soft_wrap=True)
     console.print(Text.assemble("Kept in ", (str(setting.file), "bold")), soft_wrap=True)
 

@@ -90,6 +90,30 @@ JournalOption = Annotated[
 ]
 
 
+BudgetChoice = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        "-b",
+        help="What a prompt may spend, such as 0.3 (mean share of the tokens over the layers) or '40% flops'. psigmoid "
+        "needs one; gsearch then raises its tolerance until it fits.",
+        rich_help_panel=_WHAT,
+    ),
+]
+ToleranceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--tolerance",
+        help="gsearch: share of the unpruned quality that may be lost, nats for kl. Default 0.01, kl 0.02.",
+        rich_help_panel=_WHAT,
+    ),
+]
+TrialsOption = Annotated[
+    int | None,
+    typer.Option("--trials", min=1, help="psigmoid: 40 in all; gsearch by bayes: 12 per layer.", rich_help_panel=_HOW),
+]
+
+
 @clean
 def search(
     model: ModelArgument,
@@ -97,35 +121,14 @@ def search(
     method: Annotated[
         Schedule, typer.Option("--method", "-m", help="Which schedule.", rich_help_panel=_WHAT)
     ] = Schedule.gsearch,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            "--budget",
-            "-b",
-            help="What a prompt may spend, such as 0.3 (mean share of the tokens over the layers) or '40% flops'. "
-            "psigmoid needs one; gsearch then raises its tolerance until it fits.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            "--tolerance",
-            help="gsearch: share of the unpruned quality that may be lost, nats for kl. Default 0.01, kl 0.02.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
+    budget: BudgetChoice = None,
+    tolerance: ToleranceOption = None,
     metric: MetricOption = MetricChoice.agreement,
     answer_tokens: AnswerTokensOption = 1,
     how: Annotated[
         How, typer.Option("--search", help="gsearch: how a layer's rate is found.", rich_help_panel=_HOW)
     ] = How.bisection,
-    trials: Annotated[
-        int | None,
-        typer.Option(
-            "--trials", min=1, help="psigmoid: 40 in all; gsearch by bayes: 12 per layer.", rich_help_panel=_HOW
-        ),
-    ] = None,
+    trials: TrialsOption = None,
     sampler: Annotated[
         SamplerChoice, typer.Option("--sampler", help="Of optuna.", rich_help_panel=_HOW)
     ] = SamplerChoice.tpe,
@@ -164,6 +167,9 @@ def search(
         raise OptionError("--tolerance is for gsearch; psigmoid keeps to its budget and loses what it must")
     points = journal or out.with_name(out.name + ".journal")
 
+    from ..search.gsearch import gsearch
+    from ..search.psigmoid import psigmoid
+
     loaded, prompts = load_both(model, data, device, dtype, debug)
     common: dict[str, Any] = {
         "metric": metric.value,
@@ -176,17 +182,13 @@ def search(
         "max_spread": max_spread,
         "seed": seed,
     }
+    find: Any = gsearch if method is Schedule.gsearch else psigmoid
+    if method is Schedule.gsearch:
+        common |= {"search": how.value, "evaluations": trials or 12, "tolerance": tolerance}
+    else:
+        common |= {"trials": trials or 40}
     try:
-        if method is Schedule.gsearch:
-            from ..search.gsearch import gsearch
-
-            own = {"search": how.value, "evaluations": trials or 12, "tolerance": tolerance, "budget": spend}
-            recipe = gsearch(loaded.model, prompts, **common, **own)
-        else:
-            from ..search.psigmoid import psigmoid
-
-            assert spend is not None
-            recipe = psigmoid(loaded.model, prompts, spend, trials=trials or 40, **common)
+        recipe = find(loaded.model, prompts, budget=spend, **common)
     except KeyboardInterrupt:
         say_stopped(points)
     recipe.save(out)

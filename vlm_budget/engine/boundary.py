@@ -24,6 +24,7 @@ from ..request import PositionModes, Request
 from .account import Account
 from .arguments import grow_output
 from .cache import CacheState, cache_state, set_cache_state
+from .candidates import PromptTokens
 from .choice import Choice, Chooser
 from .clock import Interval
 from .compact import Compaction
@@ -263,7 +264,24 @@ class Boundary:
         promised = [item.keep for item in selection.plan.items]
         vision = self.request.methods.vision
         compaction, tail, rows = call.compaction(keep, selection.kept, promised, columns, extra, vision)
+        self._require_no_gaps(call, compaction)
         return *call.shortened(embeds, compaction, tail, self.packed), compaction, rows
+
+    def _require_no_gaps(self, call: LanguageCall, compaction: Compaction) -> None:
+        """Refuse what flash attention would misread: behind a cache, gaps in a single row's position ids.
+
+        Raises:
+            PatchError: It takes them for several sequences packed into one, and reads the wrong keys.
+        """
+        decoder: Any = self.family.language_model(self.base)
+        flash = "flash" in str(decoder.config._attn_implementation)
+        alone = len(call.valid) == 1 and call.positions.ndim == 2
+        if flash and alone and call.past and not self.packed and compaction.slots < compaction.length:
+            raise PatchError(
+                "with flash attention, tokens that join a cache cannot keep their original position ids: the gaps "
+                "would be read as several sequences packed into one. Use positions='packed', or "
+                "attn_implementation='sdpa'."
+            )
 
     def _enter_layers(
         self,
@@ -284,7 +302,7 @@ class Boundary:
                 "tokens of this cache were dropped inside the language model, under another patch. Patch the model "
                 "with that method again, or start from a new cache."
             )
-        prompts = ()
+        prompts: list[PromptTokens] = []
         if drops:
             assert known is not None and compaction is not None and rows is not None
             slots = {m: compaction.take(mask) & compaction.valid for m, mask in visual.items()}

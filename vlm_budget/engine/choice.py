@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -114,9 +115,9 @@ class Chooser:
         if self.request.recipe is not None:
             for row in layout.rows:
                 self.request.recipe.warn_if_far(sum(item.size for item in row))
-        layers = len(self.family.language_model(self.base).layers)
+        decoder: Any = self.family.language_model(self.base)
         cost: Cost = self.cost() if self.needs_text else _UNPRICED
-        plan = make_plan(self.request.methods, spend, layout, Facts(layers, text, cost))
+        plan = make_plan(self.request.methods, spend, layout, Facts(len(decoder.layers), text, cost))
         if self.dropper is not None:
             self.dropper.check(plan)
         return plan
@@ -181,7 +182,7 @@ class Chooser:
     def row_counts(
         self, observations: list[Observation], visual: Mapping[Modality, torch.Tensor], generating: Prompts | None
     ) -> Counts:
-        """Visual tokens of every row of features, from the prompts of ``generate`` where they fit, else of this call."""
+        """Visual tokens of every row of features: in the prompts of ``generate`` where they fit, else in this call."""
         counts = generating.counts(self._tokens) if generating is not None else None
         totals = {o.modality: sum(item.size for item in o.items) for o in observations}
         if counts is None or any(sum(counts[m]) != total for m, total in totals.items()):

@@ -48,7 +48,7 @@ class LayerDropper:
         pruner: The method that chooses.
         positions: ``"original"`` or ``"packed"``.
         watch: Probe the layers for the method; without it nothing may be dropped.
-        plan: Counts that are replayed, so that only their layers are touched.
+        plan: Counts that are replayed, so that only their layers are probed.
 
     Raises:
         PatchError: The language model's layers cannot be shortened, or not where the plan says.
@@ -76,7 +76,6 @@ class LayerDropper:
         before = {"previous": 1, "own": 0}.get(pruner.scores)
         watched = [] if before is None or not watch else [layer - before for layer in steps]
         self.sinks = {layer: AttentionSink(("qk",)) for layer in watched}
-        self.first = min(steps, default=self.layers)
 
     @property
     def language_model(self) -> Any:
@@ -105,9 +104,12 @@ class LayerDropper:
         return run
 
     def hooks(self) -> list[Hook]:
-        """Module, name of the registering method, hook and options of every hook."""
+        """Module, name of the registering method, hook and options of every hook.
+
+        Of all layers but the first: where a prompt drops depends on its budget, where a cache did on its own past.
+        """
         layers = list(enumerate(self.language_model.layers))
-        return [(layer, "register_forward_pre_hook", LayerHook(self, i), {}) for i, layer in layers[self.first :]]
+        return [(layer, "register_forward_pre_hook", LayerHook(self, i), {}) for i, layer in layers[1:]]
 
     def attach(self) -> list[AttachedProbe]:
         """Probe the layers; the caller owns the undoing."""

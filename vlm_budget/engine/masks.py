@@ -118,7 +118,8 @@ def layer_mask(
     if isinstance(given, torch.Tensor) and given.ndim == 4:
         return _gathered(given, rows, columns, valid)
     slots, width, flash = rows.shape[1], columns.shape[1], "flash" in implementation
-    if given is None and full and (flash or slots in (1, width)):
+    # SDPA without a mask is causal where queries and columns are as many, eager attention nowhere.
+    if given is None and full and (flash or slots == 1 or (slots == width and implementation != "eager")):
         return None
     if flash:
         return valid

@@ -43,10 +43,12 @@ class Prompts:
             if not isinstance(embeds, torch.Tensor):
                 return cls(None, None, cached, 0, 0)
             return cls(None, None, cached, embeds.shape[1], len(embeds))
-        # A further turn may bring the whole conversation; what the cache holds is not read again.
-        fresh = ids[:, cached:] if cached < ids.shape[1] else ids
-        length = cached + fresh.shape[1]
-        return cls(fresh, _last(kwargs.get("attention_mask"), fresh.shape[1]), cached, length, len(ids))
+        # A further turn may bring the whole conversation; what the cache holds is not read again. If it brings the new
+        # tokens only, its mask is longer than they are.
+        mask = kwargs.get("attention_mask")
+        only_new = isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] > ids.shape[1]
+        fresh = ids if only_new or cached >= ids.shape[1] else ids[:, cached:]
+        return cls(fresh, _last(mask, fresh.shape[1]), cached, cached + fresh.shape[1], len(ids))
 
     @classmethod
     def of_forward(cls, kwargs: Mapping[str, Any], cached: int) -> Prompts:

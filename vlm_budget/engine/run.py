@@ -232,7 +232,7 @@ class DropRun:
         return {**kwargs, **{name: value for name, value in self._prepared.items() if name in kwargs}}
 
     def _prepare(self, kwargs: dict[str, Any], hidden: torch.Tensor) -> dict[str, Any]:
-        segment = self.segment
+        segment, device = self.segment, hidden.device
         assert segment is not None
         given = kwargs.get("attention_mask")
         full = segment.full and (segment.past is None or segment.past.full)
@@ -241,40 +241,32 @@ class DropRun:
         known = full and (given is None or not self.entered.past)
         self.groups = [group for group in self.groups if group.layer < segment.layer]
         self.groups.append(LayerGroup(segment.layer, valid, index, shift, known))
+        rows, index, valid = segment.new.index.to(device), index.to(device), valid.to(device)
         backend = self.dropper.require_backend()
-        changed: dict[str, Any] = {
-            "attention_mask": layer_mask(
-                given,
-                *(part.to(hidden.device) for part in (segment.new.index, index, valid)),
-                full,
-                backend,
-                hidden.dtype,
-            )
-        }
+        changed: dict[str, Any] = {"attention_mask": layer_mask(given, rows, index, valid, full, backend, hidden.dtype)}
         rotary = kwargs.get("position_embeddings")
         if positions is not None:
-            changed["position_embeddings"] = self.dropper.language_model.rotary_emb(hidden, positions.to(hidden.device))
+            changed["position_embeddings"] = self.dropper.language_model.rotary_emb(hidden, positions.to(device))
         elif rotary is not None and self.prompts:
-            changed["position_embeddings"] = tuple(_take_positions(part, segment.new.index) for part in rotary)
+            changed["position_embeddings"] = tuple(_take_positions(part, rows) for part in rotary)
         if isinstance(kwargs.get("position_ids"), torch.Tensor) and self.prompts:
             # Only flash attention reads them here: gaps would look like several sequences packed into one.
-            changed["position_ids"] = torch.arange(segment.new.slots, device=hidden.device)[None]
+            changed["position_ids"] = torch.arange(rows.shape[1], device=device)[None]
         if isinstance(kwargs.get("cache_position"), torch.Tensor):  # up to transformers 4.x
-            width, slots = index.shape[1], segment.new.slots
-            changed["cache_position"] = torch.arange(width - slots, width, device=hidden.device)
+            changed["cache_position"] = torch.arange(index.shape[1] - rows.shape[1], index.shape[1], device=device)
         return changed
 
     def _columns(self, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, m] columns of layer 0 that the layers hold behind this call, and which hold a token."""
         entered, new = self.entered, segment.new
-        cached = torch.arange(entered.past, device=new.index.device).expand(len(new.index), -1)
-        valid = entered.past_valid
+        device = new.index.device
+        cached = torch.arange(entered.past, device=device).expand(len(new.index), -1)
+        valid = entered.past_valid.to(device)
         if segment.past is not None:
             start = entered.past - entered.added
-            cached = torch.cat([segment.past.index, cached[:, start:]], 1)
-            valid = torch.cat([segment.past.valid, valid[:, start:]], 1)
-        index = torch.cat([cached.to(new.index.device), entered.past + new.index], 1)
-        return index, torch.cat([valid.to(new.valid.device), new.valid], 1)
+            cached = torch.cat([segment.past.index.to(device), cached[:, start:]], 1)
+            valid = torch.cat([segment.past.valid.to(device), valid[:, start:]], 1)
+        return torch.cat([cached, entered.past + new.index], 1), torch.cat([valid, new.valid], 1)
 
     def _positions(self, segment: Segment) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Position ids to be computed anew, if any, and [B] how far they lie below those of layer 0."""

@@ -55,8 +55,8 @@ class LanguageCall:
         mask, device = kwargs.get("attention_mask"), kwargs["inputs_embeds"].device
         batch, length = kwargs["inputs_embeds"].shape[:2]
         flat = padding_mask(mask, outer_mask)
-        given = (mask, outer_mask) if past == 0 else (flat, None)
-        valid = new_columns_valid(*given, batch, length, device)
+        inner, outer = (mask, outer_mask) if past == 0 else (flat, None)
+        valid = new_columns_valid(inner, outer, batch, length, device)
         past_valid, columns = past_columns(earlier, flat, past, length, batch, device)
         shift = earlier.shift.to(device) if earlier is not None else torch.zeros(batch, dtype=torch.long, device=device)
         positions = full_positions(kwargs.get("position_ids"), past, batch, length, device)
@@ -120,7 +120,10 @@ class LanguageCall:
     def _new_positions(self, compaction: Compaction, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
         positions, valid, shift = self.positions, self.valid, self.shift
         if not packed:
-            return compaction.take_last(positions) * compaction.valid, shift
+            kept = compaction.take_last(positions) * compaction.valid
+            if kept.ndim == 3 and len(kept) == 4:  # the count on top of M-RoPE's axes tells packed sequences apart
+                kept[0] = packed_positions(compaction, torch.zeros_like(shift)) * compaction.valid
+            return kept, shift
         if positions.ndim != 2:
             raise PatchError("packed positions need one-dimensional RoPE; use positions='original'")
         start = torch.where(valid, positions, positions.max() + 1).amin(1) - shift

@@ -82,7 +82,7 @@ class VitEngine:
         self.image: tuple[Any, ...] | None = None  # shape, dtype and device of the images of the last pass
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy starts without an account: a pass holds tensors of a graph, and a device's events.
+        # A copy starts without an account: it holds a device's events.
         return {**self.__dict__, "last": None}
 
     @property
@@ -121,8 +121,10 @@ class VitEngine:
     def finish(self) -> None:
         """A pass has left the last block."""
         self.running.leave()
-        if not getattr(self.local, "quiet", False):
-            self.last = self.now
+        now = self.now
+        if now is not None and not getattr(self.local, "quiet", False):
+            # Counts alone: the tensors of a pass, and the graph behind them, shall not outlive it.
+            self.last = Pass(now.schedule, now.batch, now.blocks, intervals=now.intervals)
 
     @torch.compiler.disable
     def before_patch_embed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -133,7 +135,7 @@ class VitEngine:
     @torch.compiler.disable
     def after_norm(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         """Keep the final tokens where pooling will have to weigh them."""
-        if self.now is not None and not self.off:
+        if self.now is not None and not self.off and self.model.global_pool in _AVERAGES:
             self.now.features = output
 
     @torch.compiler.disable
@@ -147,9 +149,9 @@ class VitEngine:
         if self.off or pooling not in _AVERAGES:
             return None
         now, prefix = self.now, 0 if self.model.pool_include_prefix else self.model.num_prefix_tokens
-        if now is not None and now.features is not None and now.sizes is None:
-            return None
-        if now is not None and now.features is not None and now.sizes is not None:
+        if now is not None and now.features is not None:
+            if now.sizes is None:
+                return None
             tokens = now.features[:, prefix:]
             mean = tokens.mean(1)
             plain = 0.5 * (tokens.amax(1) + mean) if pooling == "avgmax" else mean

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,13 @@ def autotune(
     with bar(len(tries), progress) as tick:
         for number, (acting, spend, spec) in enumerate(tries):
             tick(number, f"{' + '.join(name for name, _ in spec)} at {spend or 'its own rates'}")
-            point = {"methods": spec, "budget": None if spend is None else str(spend), "timed": [timed, repeats]}
-            found = known.remember(
-                point, lambda acting=acting, spend=spend: _measured(judge, acting, spend, timed, repeats)
-            )  # type: ignore[misc]
-            points.append(Point(tuple((name, options) for name, options in spec), point["budget"], **found))  # type: ignore[arg-type]
+            point: dict[str, Any] = {
+                "methods": spec,
+                "budget": None if spend is None else str(spend),
+                "timed": [timed, repeats],
+            }
+            found = known.remember(point, partial(_measured, judge, acting, spend, timed, repeats))
+            points.append(Point(tuple(map(tuple, spec)), point["budget"], **found))
     facts = judge.calibration_facts(None, whole.mean, whole.mean)
     return Front(tuple(points), whole, judge.model_facts, facts)
 
@@ -150,7 +153,7 @@ def _times(judge: Judge, methods: Methods, budget: Budget | None, timed: int, re
                 for name, (acting, spend) in {"ms_full": unpruned, "ms": (named, budget)}.items():
                     with patch(judge.model, acting, spend) as handle:
                         judge.model(**inputs, logits_to_keep=1)
-                        report = handle.report()
+                        report: Any = handle.report()
                     if turn:  # the first turn warms up
                         runs[name].append(report.prefill_ms + report.compact_ms + report.select_ms + report.probe_ms)
             for name, times in runs.items():

@@ -106,7 +106,7 @@ class Front:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        best = {cost: self.pareto(cost) for cost in ("ms", "flops")}  # type: ignore[arg-type]
+        best = {cost: self.pareto(cost) for cost in ("ms", "flops")}
         rows = [
             {
                 "methods": [{"name": name, "options": options} for name, options in point.spec],
@@ -147,7 +147,7 @@ class Front:
         return files
 
     def plot(self, path: str | Path, cost: CostName = "ms") -> None:
-        """Draw quality against cost, every method in its colour, the front as a line.
+        """Draw quality against cost, every method in a colour and shape of its own, the front as a line.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
@@ -162,10 +162,12 @@ class Front:
             raise MissingExtraError("drawing the front needs matplotlib: pip install 'vlm-budget[search]'") from error
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
-        for name in dict.fromkeys(point.name for point in self.points if point.infeasible is None):
+        names = dict.fromkeys(point.name for point in self.points if point.infeasible is None)
+        for number, name in enumerate(names):
             mine = [point for point in self.points if point.name == name and point.infeasible is None]
             x, y = [point.share(cost) for point in mine], [point.quality for point in mine]
-            axes.errorbar(x, y, [point.se for point in mine], fmt="o", markersize=4, capsize=2, label=name)
+            marker = "os^Dv"[number // 10 % 5]  # matplotlib has ten colours
+            axes.errorbar(x, y, [point.se for point in mine], fmt=marker, markersize=4, capsize=2, label=name)
         axes.step([p.share(cost) for p in front], [p.quality for p in front], where="post", color="black", linewidth=1)
         axes.axhline(self.full.mean, color="grey", linestyle="--", linewidth=1, label="unpruned")
         axes.set_xlabel(_LABELS[cost])
@@ -185,7 +187,7 @@ class Front:
             table.add_column(column, overflow="fold")
         feasible = [point for point in self.points if point.infeasible is None]
         for point in sorted(feasible, key=lambda one: -one.quality):
-            shares = [f"{point.share(cost):.0%}" for cost in ("ms", "flops", "kv_bytes")]  # type: ignore[arg-type]
+            shares = [f"{point.share(cost):.0%}" for cost in ("ms", "flops", "kv_bytes")]
             row = [point.name, point.budget or "fixed", f"{point.quality:.4g} ± {point.se:.2g}", *shares]
             best = id(point) in front
             table.add_row(*(Text(cell, "bold" * best) for cell in [*row, "yes" * best]))

@@ -21,7 +21,7 @@ from .metrics import Metric, MetricName
 from .prefix import PrefixJudge
 from .progress import Tick, bar
 
-_DOUBLINGS, _REFINEMENTS = 16, 4
+_RAISE, _RAISES, _REFINEMENTS = 4, 20, 4
 
 
 @dataclass(eq=False)
@@ -202,15 +202,15 @@ def _within(
 ) -> tuple[float, Rates]:
     """The smallest tolerance, of those tried, whose schedule keeps to the budget; judged schedules are shared."""
     low, high = 0.0, least
-    for _ in range(_DOUBLINGS):
+    for _ in range(_RAISES):
         rates = searched(high)
         if fits(rates):
             break
-        low, high = high, 2 * high
+        low, high = high, _RAISE * high
     else:
-        raise BudgetError(f"no tolerance up to {high / 2:g} gives a schedule within '{budget}'; raise the budget")
+        raise BudgetError(f"no tolerance up to {low:g} gives a schedule within '{budget}'; raise the budget")
     for _ in range(_REFINEMENTS if low else 0):
-        middle = (low + high) / 2
+        middle = (low * high) ** 0.5
         tried = searched(middle)
         if fits(tried):
             high, rates = middle, tried

@@ -54,7 +54,8 @@ class Judge:
     """
 
     def __init__(self, model: Any, calibration: Calibration, metric: Metric, batch: int = 8) -> None:
-        self.model, self.base, self.family = find_family(model)
+        outer, self.base, self.family = find_family(model)
+        self.model: Any = outer
         if "_vlm_budget_handle" in self.base.__dict__:
             raise PatchError("a search judges the unpatched model, and this one is patched. Call handle.undo() first.")
         self.calibration = calibration

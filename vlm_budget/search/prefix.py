@@ -57,20 +57,18 @@ class PrefixJudge:
         judge = self.judge
         with judge.judging():
             self._settle()
-            logits: list[torch.Tensor] = []
-            ends: list[torch.Tensor | None] = []
+            logits: dict[int, torch.Tensor] = {}
+            ends: dict[int, torch.Tensor] = {}
             with patch(judge.model, self._method(rates)) as handle:
-                for batch, prefix in zip(judge.batches, self._prefixes, strict=True):
+                for index, (batch, prefix) in enumerate(zip(judge.batches, self._prefixes, strict=True)):
                     if prefix is None:
-                        ends.append(None)
-                        logits.append(judge.first_logits(batch))
+                        logits[index] = judge.first_logits(batch)
                     else:
-                        ends.append(run_suffix(prefix, dropper_of(handle), self._plan(batch, rates)))
-                        logits.append(ends[-1])
-            for index, (batch, end) in enumerate(zip(judge.batches, ends, strict=True)):
-                if end is not None:
-                    logits[index] = head_logits(judge.model, judge.base, judge.inputs_of(batch), end)
-            return judge.score_logits(logits)
+                        ends[index] = run_suffix(prefix, dropper_of(handle), self._plan(batch, rates))
+            for index, end in ends.items():
+                inputs = judge.inputs_of(judge.batches[index])
+                logits[index] = head_logits(judge.model, judge.base, inputs, end)
+            return judge.score_logits([logits[index] for index in range(len(judge.batches))])
 
     def _settle(self) -> None:
         """Bring every prefix to the layer behind the fixed rates."""

@@ -76,6 +76,57 @@ def best_shape(
     return best
 
 
+@dataclass(eq=False)
+class ShapeSearch:
+    """Judged shapes of one model within one budget, each judged once.
+
+    Attributes:
+        judge: Judges the model.
+        journal: Where judged shapes stand.
+        budget: What every shape spends.
+        queries: Whose attention ranks; a field of the method.
+    """
+
+    judge: Judge
+    journal: Journal
+    budget: Budget
+    queries: str
+
+    def methods(self, shape: Shape) -> Methods:
+        """The method that applies a shape."""
+        options = {"beta": shape.beta, "low": shape.low, "first": self.judge.first, "queries": self.queries}
+        return Methods(None, PRUNERS.get("psigmoid")(**options))
+
+    def quality(self, shape: Shape) -> float | None:
+        """Quality of a shape; None where it cannot keep to the budget."""
+        try:
+            self.judge.plans(self.methods(shape), self.budget)
+        except BudgetError:
+            return None
+        point = {"beta": shape.beta, "low": shape.low, "budget": str(self.budget), "queries": self.queries}
+        return self._remembered(point, self.methods(shape), self.budget)
+
+    def full_quality(self) -> float:
+        """Quality of the unpruned model."""
+        return self._remembered({"rates": [1.0] * self.judge.layers, "queries": self.queries}, None, None)
+
+    def _remembered(self, point: Mapping[str, Any], methods: Methods | None, budget: Budget | None) -> float:
+        def judged() -> dict[str, float]:
+            found = self.judge.score(methods, budget)
+            return {"quality": found.mean, "se": found.se}
+
+        return float(self.journal.remember(point, judged)["quality"])
+
+    def share(self, shape: Shape) -> float:
+        """Share of the visual tokens that a layer sees, mean over layers and prompts.
+
+        Raises:
+            BudgetError: The shape cannot keep to the budget.
+        """
+        plans = self.judge.plans(self.methods(shape), self.budget)
+        return statistics.fmean(plan.mean_tokens(self.judge.layers) / plan.total for plan in plans)
+
+
 def psigmoid(
     model: Any,
     data: Sequence[Mapping[str, Any]],
@@ -126,55 +177,31 @@ def psigmoid(
     spend = Budget.parse(budget)
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise OptionError(f"trials must be a number from 1 on, got {trials!r}")
-    measure = Metric(metric, answer_tokens)
+    measure, default = Metric(metric, answer_tokens), PRUNERS.get("psigmoid")(queries=queries)
     new_study(sampler, seed, "maximize")  # what is missing is said before the model runs
     calibration = prepare(model, data, tokenizer=tokenizer, labelled=measure.labelled, max_spread=max_spread)
     judge = Judge(model, calibration, measure, batch)
-    make = PRUNERS.get("psigmoid")
-
-    def methods(shape: Shape) -> Methods:
-        return Methods(None, make(beta=shape.beta, low=shape.low, first=judge.first, queries=queries))
-
-    default = make()
+    search = ShapeSearch(judge, Journal(journal, judge.identity), spend, queries)
     start = Shape(default.beta, default.low)
-    plans = judge.plans(methods(start), spend)  # raises where no curve keeps to the budget
-    share = statistics.fmean(plan.mean_tokens(judge.layers) / plan.total for plan in plans)
-    known = Journal(journal, judge.identity)
-
-    def quality(shape: Shape) -> float | None:
-        def judged() -> dict[str, float]:
-            found = judge.score(methods(shape), spend)
-            return {"quality": found.mean, "se": found.se}
-
-        try:
-            judge.plans(methods(shape), spend)
-        except BudgetError:
-            return None
-        point = {"beta": shape.beta, "low": shape.low, "budget": str(spend), "queries": queries}
-        return float(known.remember(point, judged)["quality"])
-
-    def full() -> dict[str, float]:
-        found = judge.score(None, None)
-        return {"quality": found.mean, "se": found.se}
-
-    full_quality = known.remember({"rates": [1.0] * judge.layers, "queries": queries}, full)["quality"]
+    most_low = _most_low(search.share(start), judge.first, judge.layers)
+    full = search.full_quality()
     with bar(trials, progress) as tick:
         best, found = best_shape(
-            quality,
+            search.quality,
             start,
-            _most_low(share, judge.first, judge.layers),
+            most_low,
             trials=trials,
             sampler=sampler,
             seed=seed,
             on_trial=lambda done, value: tick(done, f"best {measure} {value:.4g}"),
         )
-    chosen = methods(best)
+    chosen = search.methods(best)
     assert chosen.decoder is not None
     return Recipe.of(
         [chosen.decoder],
         spend,
         judge.model_facts,
-        calibration=judge.calibration_facts(None, found, full_quality),
+        calibration=judge.calibration_facts(None, found, full),
         cost=judge.prices(judge.plans(chosen, spend)),
     )
 

@@ -111,10 +111,14 @@ def groups(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
 
 
 def measure(
-    model: LlavaNextForConditionalGeneration, samples: Sequence[Sample], label: str, inside_pages: int
+    model: LlavaNextForConditionalGeneration,
+    samples: Sequence[Sample],
+    label: str,
+    inside_pages: int,
+    only: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """The whole table of one checkpoint."""
-    known = list(entries())
+    """The table of one checkpoint, of all methods or of those named."""
+    known = [entry for entry in entries() if not only or entry.name in only]
     before = [entry for entry in known if entry.place == "before"]
     needed = [entry.make("drop", "packed") for entry in before]
     pages = encode_pages(model, samples, needed)  # type: ignore[arg-type]
@@ -134,16 +138,16 @@ def measure(
             rows.append({**_named(entry, method), **policy, **_scores(values, random, masks)})
     few = pages.first(inside_pages)
     few_masks = groups(few.samples)
-    for share in track(INSIDE_BUDGETS, description=f"{label}, inside"):
+    inside = [entry for entry in known if entry.place != "before"]
+    for share in track(INSIDE_BUDGETS if inside else (), description=f"{label}, inside"):
         random = _random(model, few, Budget(share), "keep_all", "original")
-        for entry in known:
-            if entry.place != "before":
-                method = entry.make("keep_all", "original")
-                row = {**_named(entry, method), "budget": share, "pages": len(few.samples)}
-                try:
-                    rows.append(row | _scores(right(model, few, method, Budget(share)), random, few_masks))
-                except BudgetError as error:
-                    rows.append(row | {"infeasible": str(error)})
+        for entry in inside:
+            method = entry.make("keep_all", "original")
+            row = {**_named(entry, method), "budget": share, "pages": len(few.samples)}
+            try:
+                rows.append(row | _scores(right(model, few, method, Budget(share)), random, few_masks))
+            except BudgetError as error:
+                rows.append(row | {"infeasible": str(error)})
     return {
         "checkpoint": label,
         "methods": [entry.name for entry in known],
@@ -176,6 +180,14 @@ def _scores(values: np.ndarray, random: np.ndarray, masks: dict[str, np.ndarray]
     }
 
 
+def renewed(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """An earlier table with the rows of some methods measured anew, and where that was."""
+    names = set(found["methods"])
+    rows = [row for row in earlier["rows"] if row["method"] not in names] + found["rows"]
+    note = {"methods": found["methods"], "environment": environment()}
+    return {**earlier, "rows": rows, "renewed": [*earlier.get("renewed", []), note]}
+
+
 def fingerprint(path: Path) -> str:
     """SHA-256 of a checkpoint's weights."""
     return hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
@@ -201,6 +213,7 @@ def main() -> None:
     parser.add_argument("--inside-pages", type=int, default=250, help="of these, for methods inside the language model")
     parser.add_argument("--weights", nargs="*", default=[], metavar="LABEL=DIR", help="further trainings")
     parser.add_argument("--only", nargs="*", help="of the published checkpoints, these")
+    parser.add_argument("--methods", nargs="*", help="measure these anew in a recorded table, with --resume")
     parser.add_argument("--resume", action="store_true", help="keep what the file holds of the same weights and pages")
     arguments = parser.parse_args()
     folders = {name: folder(name) for name in names() if not arguments.only or name in arguments.only}
@@ -212,10 +225,13 @@ def main() -> None:
     measured: list[dict[str, Any]] = []
     for label, path in folders.items():
         weights = fingerprint(path)
-        if weights not in known:
+        if weights not in known or arguments.methods:
             model = LlavaNextForConditionalGeneration.from_pretrained(path).eval()
-            found = measure(model, samples, label, arguments.inside_pages)
-            known[weights] = found | {"weights": weights, "environment": environment()}
+            found = measure(model, samples, label, arguments.inside_pages, arguments.methods)
+            if arguments.methods:
+                known[weights] = renewed(known[weights], found)
+            else:
+                known[weights] = found | {"weights": weights, "environment": environment()}
         measured.append(known[weights] | {"checkpoint": label})
         write_json(
             arguments.out,

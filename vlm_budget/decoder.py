@@ -110,7 +110,7 @@ class DecoderContext:
 
     @property
     def readers(self) -> torch.Tensor:
-        """Int64 columns of the text that has seen all visual tokens; the last column where no text stands behind them."""
+        """Int64 columns of the text that has seen all visual tokens; the last column where no text is behind them."""
         behind = self.instruction[self.instruction > self.visual[-1]]
         return behind if len(behind) else self.last
 
@@ -139,8 +139,8 @@ def most_attended(ctx: DecoderContext, rows: torch.Tensor, k: int) -> torch.Tens
 class DecoderPruner(Pruner):
     """Base of methods that drop inside the language model.
 
-    The budget is the mean number of visual tokens over the decoder layers, the field's way of counting: 0.2 means that a
-    layer sees 20 % of them on average.
+    The budget is the mean number of visual tokens over the decoder layers, the field's way of counting: 0.2 means that
+    a layer sees 20 % of them on average.
 
     Attributes:
         positions: ``"original"`` keeps each token's rotary position, ``"packed"`` renumbers after every step, for the
@@ -158,7 +158,9 @@ class DecoderPruner(Pruner):
         """Check the common fields."""
         super().__post_init__()
         if self.newline != "drop" or self.merge is not None:
-            raise OptionError("newline and merge are for methods before the language model; here all visual tokens rank")
+            raise OptionError(
+                "newline and merge are for methods before the language model; here all visual tokens rank"
+            )
 
     @property
     def fixed(self) -> bool:

@@ -1,7 +1,7 @@
 """Which method a model gets when the user names none: the one a recorded table says, never taste.
 
-``defaults.json`` is written by ``python -m vlm_budget.eval.nano.defaults`` from the accuracy table of the embedded model;
-a test holds the two together. There is one choice for towers with a class token, one for those without, each for
+``defaults.json`` is written by ``python -m vlm_budget.eval.nano.defaults`` from the accuracy table of the embedded
+model; a test holds the two together. There is one choice for towers with a class token, one for those without, each for
 one-dimensional and for multi-axis rotary positions.
 """
 

@@ -14,7 +14,7 @@ from .budget import Budget
 from .engine.account import Account
 from .engine.boundary import Boundary
 from .engine.taps import Tap
-from .engine.vit import VitHandle, is_vit, patch_vit, unpatch_vit
+from .engine.vit import is_vit, patch_vit, unpatch_vit
 from .errors import PatchError
 from .families.base import Family
 from .methods import MethodLike
@@ -167,7 +167,7 @@ def patch(
     plan: Plan | Recipe | str | Path | None = None,
     positions: str | None = None,
     **options: Any,
-) -> PatchHandle | VitHandle:
+) -> PatchHandle:
     """Make a VLM keep only the visual tokens that matter, within a budget.
 
     The same ``model(...)``, ``model.generate(...)`` and pipeline calls work as before, on the same attention backend.
@@ -189,7 +189,8 @@ def patch(
             method that acts before the language model.
 
     Returns:
-        The handle, with ``report()``, ``plan()`` and ``undo()``; also a context manager.
+        The handle, with ``report()``, ``plan()`` and ``undo()``; also a context manager. For timm's vision transformers
+        a ``VitHandle`` with ``report()`` and ``undo()``.
 
     Raises:
         UnsupportedModelError: No family knows the model.
@@ -200,7 +201,8 @@ def patch(
         PatchError: The combination cannot work.
     """
     if is_vit(model):
-        return patch_vit(model, method, budget, **options)  # type: ignore[arg-type]
+        handle_of_vit: Any = patch_vit(model, method, budget, **options)  # type: ignore[arg-type]
+        return handle_of_vit
     outer, base, family = find_family(model)
     request = read_request(base, family, method, budget, plan, options)
     boundary = Boundary(base, family, request, position_modes(family, request.methods, positions))

@@ -1,7 +1,8 @@
 """The default methods of ``patch(model, budget=…)``, chosen from the recorded accuracy table.
 
-``python -m vlm_budget.eval.nano.defaults`` rewrites ``vlm_budget/defaults.json``. The rule was fixed before the table of
-all methods was measured: of the methods that act before the language model, the one with the highest accuracy over all
+``python -m vlm_budget.eval.nano.defaults`` rewrites ``vlm_budget/defaults.json``. The rule was fixed before the table
+of all methods was
+measured: of the methods that act before the language model, the one with the highest accuracy over all
 questions, averaged over the recorded budgets and both published checkpoints, each method with the newline and position
 policies that suit it best; M-RoPE has original positions only. For towers without a class token only methods that ask
 for none are considered; for nano, which has one, nothing else can be measured, and the reason says so.

@@ -21,7 +21,7 @@ from vlm_budget.engine.selection import Observation, PromptText, Seen, select
 from vlm_budget.eval.nano.data import PROMPT_WORDS, Sample
 from vlm_budget.eval.nano.modeling import BOS_ID, IMAGE_ID, VISUAL_TOKENS, build_processor
 from vlm_budget.eval.nano.packing import answer_logits, encode
-from vlm_budget.patching import find_family
+from vlm_budget.models import find_family
 from vlm_budget.plan import ItemPlan, Plan
 from vlm_budget.pruner import Pruner
 from vlm_budget.registry import PRUNERS
@@ -67,7 +67,8 @@ def encode_pages(
             keywords = {"pixel_values": inputs["pixel_values"], "image_sizes": inputs["image_sizes"]}
             encoder: Callable[..., Any] = getattr(base, family.encoders["image"])
             _, observation = observer.observe("image", encoder, (), keywords)
-            seen += list(_per_page(observation, base.multi_modal_projector))
+            project: Any = base.multi_modal_projector
+            seen += list(_per_page(observation, project))
     finally:
         for probe in attached:
             probe.detach()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,44 @@ def checkpoint_tables(measured: dict[str, Any], prior: dict[str, float]) -> str:
     parts.append(table(["", *GROUPS], rows) + "\n")
     for positions in ("packed", "original"):
         for newline in ("keep_all", "drop"):
-            chosen = [r for r in measured["rows"] if (r["newline"], r["positions"]) == (newline, positions)]
+            chosen = [r for r in before(measured) if (r["newline"], r["positions"]) == (newline, positions)]
             parts.append(f"{_NAMES[newline].capitalize()} (inside the budget), {positions} positions:\n")
             parts.append(_accuracy_table(chosen) + "\n")
             parts.append("Minus random, paired per question:\n")
             parts.append(_difference_table(chosen) + "\n")
+    if "full_inside" in measured:
+        parts.append(inside_tables(measured))
     return "\n".join(parts)
+
+
+def before(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of methods that act before the language model."""
+    return [row for row in measured["rows"] if row.get("place", "before") == "before"]
+
+
+def inside_tables(measured: dict[str, Any]) -> str:
+    """Rows of methods inside the language model, alone and behind one before it."""
+    rows = [row for row in measured["rows"] if row.get("place", "before") != "before"]
+    pages = rows[0]["pages"]
+    parts = [
+        f"Inside the language model, on the first {pages} pages, at the same mean of visual tokens per layer (all "
+        f"tokens: {cell(measured['full_inside']['all'])}); newlines kept and original positions before it:\n",
+        table(["budget", "method", *GROUPS], [_inside_row(row, "accuracy", cell) for row in _by_budget(rows)]) + "\n",
+        "Minus random dropping before the language model at the same mean, paired per question:\n",
+        table(["budget", "method", *GROUPS], [_inside_row(row, "minus_random", signed) for row in _by_budget(rows)])
+        + "\n",
+        "A dash: with four layers this method cannot get down to the budget.\n",
+    ]
+    return "\n".join(parts)
+
+
+def _inside_row(row: dict[str, Any], what: str, write: Callable[[dict[str, float]], str]) -> list[str]:
+    cells = ["–"] * len(GROUPS) if "infeasible" in row else [write(row[what][group]) for group in GROUPS]
+    return [f"{row['budget']:.0%}", row["method"], *cells]
+
+
+def _by_budget(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: -row["budget"])
 
 
 def _ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -96,8 +129,8 @@ def draw(data: dict[str, Any], path: Path) -> None:
         line[0].set_ylabel(f"{measured['checkpoint']}\naccuracy")
     for panel, group in zip(axes[0], GROUPS, strict=True):
         panel.set_title(group)
-    axes[0][-1].legend(fontsize=7)
-    figure.supxlabel("visual tokens kept, newlines kept inside the budget, packed positions", fontsize=9)
+    axes[0][-1].legend(fontsize=6, ncols=2, loc="lower right")
+    figure.supxlabel("visual tokens kept, newlines kept inside the budget, original positions", fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -105,8 +138,11 @@ def draw(data: dict[str, Any], path: Path) -> None:
 
 
 def _panel(panel: Any, measured: dict[str, Any], group: str, prior: float) -> None:
-    chosen = [r for r in measured["rows"] if (r["newline"], r["positions"]) == ("keep_all", "packed")]
-    for method in sorted({r["method"] for r in chosen}):
+    chosen = [r for r in before(measured) if (r["newline"], r["positions"]) == ("keep_all", "original")]
+    from matplotlib import colormaps
+
+    panel.set_prop_cycle(color=colormaps["tab20"].colors)
+    for method in sorted({r["method"] for r in chosen if " + " not in r["method"]}):
         points = [(1.0, measured["full"][group])]
         points += [(r["budget"], r["accuracy"][group]) for r in _ordered(chosen) if r["method"] == method]
         xs = [x for x, _ in points]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +171,16 @@ def main() -> None:
     parser.add_argument("--budgets-results", type=Path, default=Path("benchmarks/results/budgets_cpu.json"))
     parser.add_argument("--budgets-page", type=Path, default=Path("docs/budgets.md"))
     arguments = parser.parse_args()
-    replace_section(arguments.page, "prefill", prefill(json.loads(arguments.results.read_text(encoding="utf-8"))))
-    choice = json.loads(arguments.greedy_results.read_text(encoding="utf-8"))
-    replace_section(arguments.greedy_page, "greedy", greedy(choice))
-    kept = json.loads(arguments.budgets_results.read_text(encoding="utf-8"))
-    replace_section(arguments.budgets_page, "budgets", budgets(kept))
-    replace_section(arguments.vit_page, "vit", vit(json.loads(arguments.vit_results.read_text(encoding="utf-8"))))
+    for results, page, name, write in (
+        (arguments.results, arguments.page, "prefill", prefill),
+        (arguments.greedy_results, arguments.greedy_page, "greedy", greedy),
+        (arguments.budgets_results, arguments.budgets_page, "budgets", budgets),
+        (arguments.vit_results, arguments.vit_page, "vit", vit),
+    ):
+        if results.exists():
+            replace_section(page, name, write(json.loads(results.read_text(encoding="utf-8"))))
+        else:
+            print(f"{results} is not recorded yet: {page} keeps what it says", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vlm_budget.budget import Budget
 from vlm_budget.eval.markdown import replace_section, table
 
 GROUPS = ("all", "retrieval", "place", "count", "existence", "hard")
@@ -43,14 +44,30 @@ def checkpoint_tables(measured: dict[str, Any], prior: dict[str, float]) -> str:
             parts.append(_accuracy_table(chosen) + "\n")
             parts.append("Minus random, paired per question:\n")
             parts.append(_difference_table(chosen) + "\n")
+    parts.append(losers(measured))
     if "full_inside" in measured:
         parts.append(inside_tables(measured))
     return "\n".join(parts)
 
 
 def before(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of methods that act before the language model."""
-    return [row for row in measured["rows"] if row.get("place", "before") == "before"]
+    """Rows of methods that act before the language model, with the tokens they keep."""
+    total = measured["visual_tokens"]
+    rows = [row for row in measured["rows"] if row.get("place", "before") == "before"]
+    return [{**row, "tokens": Budget(row["budget"]).tokens(total)} for row in rows]
+
+
+def losers(measured: dict[str, Any]) -> str:
+    """Which methods lose to random over all questions, by more than three standard errors, and where."""
+    lost: dict[str, list[str]] = {}
+    for row in before(measured):
+        difference = row["minus_random"]["all"]
+        if difference["mean"] < -3 * difference["se"]:
+            policy = f"{row['budget']:.0%} {_NAMES[row['newline']].split()[1]}/{row['positions']}"
+            lost.setdefault(row["method"], []).append(f"{policy} ({difference['mean']:+.3f})")
+    lines = [f"* `{method}`: {', '.join(places)}" for method, places in sorted(lost.items())]
+    head = "Losing to random over all questions by more than three standard errors (budget, newlines/positions):\n"
+    return head + "\n" + "\n".join(lines or ["* none"]) + "\n"
 
 
 def inside_tables(measured: dict[str, Any]) -> str:
@@ -107,7 +124,7 @@ def seeds_table(data: dict[str, Any]) -> str:
     """HiRED minus random on retrieval and over all, for every training that was measured."""
     rows = []
     for measured in data["checkpoints"]:
-        for r in _ordered(measured["rows"]):
+        for r in _ordered(before(measured)):
             if r["method"] == "hired" and r["budget"] == 0.2:
                 differences = [signed(r["minus_random"][g]) for g in ("all", "retrieval", "hard")]
                 rows.append([measured["checkpoint"], _NAMES[r["newline"]], r["positions"], *differences])

@@ -67,8 +67,8 @@ def _noise(rng: np.random.Generator, cells: int) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """A tinted, uneven page: float32 [96, 96, 3]; every third with coarse noise of strong contrast."""
-    coarse = rng.random() < 1 / 3
+    """A tinted, uneven page: float32 [96, 96, 3]; every other one with coarse noise of strong contrast."""
+    coarse = rng.random() < 1 / 2
     cells = int(rng.integers(14, 29)) if coarse else int(rng.integers(3, 9))
     strength = rng.uniform(16, 28) if coarse else rng.uniform(4, 14)
     page = np.stack([_noise(rng, cells) for _ in range(3)], -1) * strength
@@ -94,7 +94,7 @@ class _Canvas:
         else:
             return False
         self.boxes.append((y, x, y + h, x + w))
-        cover = shape[..., None] * self.rng.uniform(0.75, 1)
+        cover = shape[..., None] * self.rng.uniform(0.3, 1)
         rgb = _RGB[color] + self.rng.uniform(-12, 12, 3).astype(np.float32)
         self.pixels[y : y + h, x : x + w] = self.pixels[y : y + h, x : x + w] * (1 - cover) + rgb * cover
         self.owner[y : y + h, x : x + w][shape > 0.4] = mark

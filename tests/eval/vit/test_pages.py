@@ -33,15 +33,16 @@ def test_labels_fit_the_heads_and_all_classes_occur() -> None:
 
 
 def test_a_patch_says_what_its_pixels_show() -> None:
-    # White digits are bright in all channels: patches labelled so must be, in raster order.
+    # White marks are brighter in all channels than the page: patches labelled so must be, in raster order.
     white = COLOR_NAMES.index("white")
     found = 0
     for page in pages(60, 13):
         cells = page.pixels.reshape(12, PATCH, 12, PATCH, 3).transpose(0, 2, 1, 3, 4).reshape(144, -1, 3)
         bright = cells.min(-1).max(-1)
+        page_level = np.median(cells.min(-1))
         marked = page.colors == white
         found += int(marked.sum())
-        assert (bright[marked] > 180).all()
+        assert (bright[marked] > page_level + 30).all()
     assert found > 50
 
 

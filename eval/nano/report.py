@@ -156,9 +156,9 @@ def draw(data: dict[str, Any], path: Path) -> None:
 
 def _panel(panel: Any, measured: dict[str, Any], group: str, prior: float) -> None:
     chosen = [r for r in before(measured) if (r["newline"], r["positions"]) == ("keep_all", "original")]
-    from matplotlib import cycler, pyplot
+    from matplotlib import pyplot
 
-    panel.set_prop_cycle(cycler(color=[pyplot.get_cmap("tab20")(index) for index in range(20)]))
+    panel.set_prop_cycle(color=[pyplot.get_cmap("tab20")(index) for index in range(20)])
     for method in sorted({r["method"] for r in chosen if " + " not in r["method"]}):
         points = [(1.0, measured["full"][group])]
         points += [(r["budget"], r["accuracy"][group]) for r in _ordered(chosen) if r["method"] == method]

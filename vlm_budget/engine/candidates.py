@@ -14,6 +14,7 @@ from ..decoder import Captured, DecoderContext, DecoderPruner
 from ..errors import SelectionError
 from ..layout import VisualItem
 from ..pruner import Selection
+from .precision import exactly
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,8 @@ def _choose(pruner: DecoderPruner, tokens: PromptTokens, order: int, scene: Scen
         captured=scene.captured,
         device=device,
     )
-    picked = pruner.pick(ctx, k)
+    with exactly(device):
+        picked = pruner.pick(ctx, k)
     selection = picked if isinstance(picked, Selection) else Selection(picked)
     if fault := _broken_promise(selection, ctx, k):
         raise SelectionError(

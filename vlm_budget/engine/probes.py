@@ -20,6 +20,7 @@ from torch import nn
 from ..errors import PatchError
 from .clock import Interval
 from .local import CallLocal
+from .precision import exactly
 
 _PREFIX = "vlm_budget_probe|"
 _SINK = "_vlm_budget_sink"
@@ -109,7 +110,7 @@ def probe_attention(
         # Eager and flex attention see what the mask says, no mask is no limit; SDPA and flash then ask is_causal.
         causal = bool(causal) and real not in (None, "eager", "flex_attention")
         packed = kwargs.get("cu_seq_lens_q")
-        with torch.no_grad():
+        with torch.no_grad(), exactly(query.device):
             sink.record(query, key, attention_mask, scaling or query.shape[-1] ** -0.5, packed, causal)
         if sink.stops:
             raise ProbeStop

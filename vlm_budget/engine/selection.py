@@ -12,6 +12,7 @@ from ..errors import LayoutError, PlanError
 from ..layout import Modality, VisualItem, group_rows
 from ..plan import Plan
 from ..pruner import Attention, Context, Pruner, unprojected
+from .precision import as_the_model, exactly
 
 Project = Callable[[torch.Tensor], torch.Tensor]
 
@@ -127,7 +128,7 @@ def _projected(seen: Observation, index: int, project: Project | None) -> tuple[
     hidden = seen.hidden[index]
     if hidden is None:
         return seen.features[index], unprojected
-    return hidden, lambda rows: project(rows.to(hidden))
+    return hidden, as_the_model(lambda rows: project(rows.to(hidden)), hidden.device)
 
 
 @dataclass(eq=False)
@@ -235,7 +236,8 @@ def _select_item(
             "acts. Name one, such as ['hired', 'fastv'], or make a plan for this method."
         )
     device = seen.features.device
-    chosen = pruner.select(_context(pruner, seen, order, text, device), count)
+    with exactly(device):
+        chosen = pruner.select(_context(pruner, seen, order, text, device), count)
     flag = torch.zeros(item.size, dtype=torch.bool, device=device).index_fill_(0, chosen.keep, True)
     return flag, chosen.values
 

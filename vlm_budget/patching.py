@@ -19,7 +19,7 @@ from .errors import PatchError
 from .families.base import Family
 from .methods import MethodLike
 from .models import find_family, layout_of, text_tokens
-from .plan import Plan
+from .plan import FIXED, Plan
 from .planning import Methods
 from .pruner import Pruner
 from .recipe import Recipe
@@ -101,7 +101,7 @@ class PatchHandle:
         """
         account, boundary = self._account(), self._boundary
         spend = self.budget
-        budget = "fields" if spend is None else spend.budget if isinstance(spend, Plan) else spend
+        budget = FIXED if spend is None else spend.budget if isinstance(spend, Plan) else spend
         return account.report(str(self.methods), budget, str(boundary.modes), boundary.chooser.cost())
 
     def kept(self) -> tuple[KeptItem, ...]:

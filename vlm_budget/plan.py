@@ -16,6 +16,9 @@ from .errors import PlanError
 _VERSION = 2
 _READABLE = (1, 2)  # version 1 knew no steps inside the language model
 
+FIXED = "fields"
+"""What stands as the budget of a method whose fields alone say the schedule."""
+
 
 @dataclass(frozen=True)
 class ItemPlan:
@@ -59,7 +62,7 @@ class Plan:
 
     Attributes:
         method: The method, as ``str(pruner)``.
-        budget: The budget the counts came from, as text.
+        budget: The budget the counts came from, as text; :data:`FIXED` where there was none.
         items: Per item, in row order.
         rows: Number of batch rows, text-only rows included.
     """

@@ -16,7 +16,7 @@ from .budget import Budget, Unit, in_words
 from .decoder import DecoderPruner, Step
 from .errors import BudgetError
 from .layout import VisualItem, VisualLayout
-from .plan import ItemPlan, Plan
+from .plan import FIXED, ItemPlan, Plan
 from .pruner import Pruner
 
 
@@ -181,7 +181,7 @@ def make_plan(methods: Methods, budget: Budget | None, layout: VisualLayout, fac
         plans += [ItemPlan(row, plan.modality, plan.total, plan.keep, plan.steps) for plan in found]
     if faults:
         raise max(faults, key=lambda fault: fault.nearest.amount).as_budget_error()
-    return Plan(str(methods), "fields" if budget is None else str(budget), tuple(plans), len(layout.rows))
+    return Plan(str(methods), FIXED if budget is None else str(budget), tuple(plans), len(layout.rows))
 
 
 class _OutOfReach(Exception):

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .budget import in_words
-from .plan import ItemPlan, Plan
+from .plan import FIXED, ItemPlan, Plan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -102,10 +102,14 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(f"{self.method} at {self.budget}"), show_header=False)  # Text: brackets are no markup
+        table = Table(title=Text(self._title), show_header=False)  # Text: brackets are no markup
         for name, value in self._rows():
             table.add_row(Text(name), Text(value))
         return table
+
+    @property
+    def _title(self) -> str:
+        return f"{self.method}, a fixed schedule" if self.budget == FIXED else f"{self.method} at {self.budget}"
 
     def _rows(self) -> list[tuple[str, str]]:
         pruned_before = self.kv_bytes != self.kv_bytes_unpruned
@@ -141,7 +145,7 @@ class Report:
 
     def __str__(self) -> str:
         """The rows as plain text."""
-        return "\n".join([f"{self.method} at {self.budget}", *(f"  {name}: {value}" for name, value in self._rows())])
+        return "\n".join([self._title, *(f"  {name}: {value}" for name, value in self._rows())])
 
 
 def _inside(item: ItemPlan) -> str:

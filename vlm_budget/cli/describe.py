@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..registry import Registry
+
+
+_ROLE = re.compile(r":\w+:`(?:[\w.]*\.)?(\w+)`")  # :class:`vlm_budget.Budget` reads Budget
 
 
 @dataclass(frozen=True)
@@ -83,4 +87,4 @@ def _attributes(docstring: str) -> dict[str, str]:
             docs[name] = text
         elif line.strip() and name:
             docs[name] += " " + line.strip()
-    return {key: text.replace("``", "") for key, text in docs.items()}
+    return {key: _ROLE.sub(r"\1", text).replace("``", "") for key, text in docs.items()}

@@ -63,6 +63,18 @@ class JournalError(VLMBudgetError, ValueError):
     """A journal of another search, or one that cannot be read."""
 
 
+class TaskError(VLMBudgetError, ValueError):
+    """An evaluation task whose definition cannot be used."""
+
+
+class DataError(VLMBudgetError, ValueError):
+    """An evaluation dataset that is missing, or is not what its task says it is."""
+
+
+class RunError(VLMBudgetError, RuntimeError):
+    """An evaluation run that cannot be started, resumed or read: a folder in use, another configuration, a full disk."""
+
+
 class MissingExtraError(VLMBudgetError, ImportError):
     """An optional library that is not installed; the message names the extra that brings it."""
 

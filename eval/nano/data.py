@@ -166,7 +166,9 @@ def ask(scene: Scene, rng: np.random.Generator, n: int) -> tuple[Question, ...]:
     return tuple(questions)
 
 
-def test_set(n_images: int, seed: int = TEST_SEED, questions_per_image: int = QUESTIONS_PER_IMAGE) -> list[Sample]:
+def test_set(
+    n_images: int, seed: int = TEST_SEED, questions_per_image: int = QUESTIONS_PER_IMAGE, first: int = 0
+) -> list[Sample]:
     """Held-out pages with their questions, a pure function of the arguments.
 
     Image ``i`` depends on ``seed`` and ``i`` alone, so a shorter set is the beginning of a longer one.
@@ -175,9 +177,10 @@ def test_set(n_images: int, seed: int = TEST_SEED, questions_per_image: int = QU
         n_images: number of pages.
         seed: `TEST_SEED` for published tables, `VALIDATION_SEED` for choosing anything.
         questions_per_image: questions asked about each page.
+        first: index of the first page.
     """
     samples = []
-    for index in range(n_images):
+    for index in range(first, first + n_images):
         rng = np.random.default_rng([seed, index])
         scene = random_scene(rng)
         samples.append(Sample(Image.fromarray(scene.pixels), ask(scene, rng, questions_per_image), scene))

@@ -1,0 +1,1 @@
+"""This library inside other evaluation harnesses."""

@@ -1,0 +1,1 @@
+"""What a run found, as pages for people: HTML, Markdown and CSV."""

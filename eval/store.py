@@ -1,0 +1,303 @@
+"""A run's folder: what was asked for, every answer, and what it took.
+
+* ``manifest.json``: configuration, versions, model, tasks. Written once, before the first answer.
+* ``answers-00000.jsonl``: a line per answer, one file per process. The same run gives the same lines, times apart,
+  on any number of processes.
+* ``times-00000.jsonl``: a line per batch with its times.
+* ``run.lock``: held while a run writes.
+
+Lines are appended with fsync, a batch at a time. A last line that a kill cut off is dropped when the folder is opened
+again; any other damage is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlm_budget.errors import RunError
+from vlm_budget.eval.cells import Cell
+
+MANIFEST, LOCK = "manifest.json", "run.lock"
+_VERSION = 1
+Key = tuple[str, str, Cell]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        task: Name of the task.
+        sample: Id of the sample.
+        cell: What answered.
+        cluster: What the sample shares with others; errors are clustered by it.
+        answer: The model's text.
+        scores: By name.
+        cost: Per prompt: ``text`` and ``visual`` tokens, ``kept`` visual tokens that entered the language model,
+            ``mean_kept`` over its layers, ``new`` tokens, ``flops`` of the prompt pass, ``kv_bytes`` after it.
+        facts: The sample's facts that figures need.
+        error: Why there is no answer; scores and cost are then empty.
+    """
+
+    task: str
+    sample: str
+    cell: Cell
+    cluster: str
+    answer: str = ""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def key(self) -> Key:
+        """What may be answered once only."""
+        return (self.task, self.sample, self.cell)
+
+    def line(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> Answer:
+        """From plain data.
+
+        Raises:
+            TypeError, KeyError: It is none.
+        """
+        return cls(**{**line, "cell": Cell(**line["cell"])})
+
+
+@dataclass(frozen=True)
+class BatchTime:
+    """What a batch took.
+
+    Attributes:
+        task: Name of the task.
+        cell: What answered.
+        samples: Ids of the samples.
+        ms: Milliseconds of the whole batch by stage: ``load`` (files), ``process`` (the processor), ``encode`` (vision
+            encoder with all probes; once for all cells of a batch where ``shared``), ``select``, ``compact``,
+            ``prefill`` (of it ``drop``), ``decode``, ``total``.
+        shared: The encoder ran once for several cells.
+        peak_bytes: Peak memory of the accelerator; 0 on a CPU.
+    """
+
+    task: str
+    cell: Cell
+    samples: tuple[str, ...]
+    ms: Mapping[str, float]
+    shared: bool = False
+    peak_bytes: int = 0
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> BatchTime:
+        """From plain data."""
+        return cls(**{**line, "cell": Cell(**line["cell"]), "samples": tuple(line["samples"])})
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a folder holds.
+
+    Attributes:
+        folder: The folder.
+        manifest: The configuration, and where it ran.
+        answers: Every answer once, in order of task, sample and cell.
+        times: Of batches all of whose samples are answered.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    answers: tuple[Answer, ...]
+    times: tuple[BatchTime, ...]
+
+
+class Store:
+    """The files one process writes.
+
+    Args:
+        folder: The run's folder; there already.
+        rank: Which process this is.
+
+    Raises:
+        RunError: The folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self.answers = folder / f"answers-{rank:05}.jsonl"
+        self.times = folder / f"times-{rank:05}.jsonl"
+        for path in (self.answers, self.times):
+            _mend(path)
+
+    def add(self, answers: Sequence[Answer], time: BatchTime | None = None) -> None:
+        """Append a batch; when this returns it is on the disk.
+
+        Raises:
+            RunError: The disk is full, or the folder has become read-only; what was written before stays readable.
+        """
+        if time is not None:  # first: without its answers it counts for nothing
+            _append(self.times, [asdict(time)])
+        _append(self.answers, [answer.line() for answer in answers])
+
+
+def begin(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Make a run's folder and write its manifest, or check that it is this run's.
+
+    Raises:
+        RunError: The folder holds another run or other files, or cannot be written to.
+    """
+    path = folder / MANIFEST
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            check_same(read_manifest(folder), manifest)
+            return
+        if any(one.name != LOCK for one in folder.iterdir()):
+            raise RunError(f"{str(folder)!r} holds other files; name a new folder for the results")
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"version": _VERSION, **manifest}, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise RunError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error
+
+
+def check_same(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to add answers to those of another configuration.
+
+    Raises:
+        RunError: Model, tasks, cells or samples differ.
+    """
+    other = [name for name in ("model", "tasks", "cells", "data", "options") if known.get(name) != wanted.get(name)]
+    if other:
+        raise RunError(
+            f"the folder holds a run with another {' and another '.join(other)}; answers of the two would be mixed. Name "
+            "a new folder, or continue the old run with 'vlm-budget eval resume'."
+        )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a run was asked for.
+
+    Raises:
+        RunError: There is no run, or its manifest is damaged or of another version.
+    """
+    path = folder / MANIFEST
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{str(folder)!r} holds no run: there is no {MANIFEST}") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {str(path)!r}: {error}") from error
+    if not isinstance(found, dict) or found.get("version") != _VERSION:
+        raise RunError(f"{str(path)!r} is no manifest of version {_VERSION}")
+    return found
+
+
+def read_run(folder: str | Path) -> Run:
+    """Everything a folder holds; may be called while a run writes.
+
+    Raises:
+        RunError: There is no run, a line is damaged, or an answer stands there twice with different texts.
+    """
+    place = Path(folder)
+    manifest = read_manifest(place)
+    answers: dict[Key, Answer] = {}
+    for path in sorted(place.glob("answers-*.jsonl")):
+        for number, line in _lines(path):
+            try:
+                answer = Answer.of(line)
+            except (TypeError, KeyError) as error:
+                raise RunError(f"{path.name} line {number} is no answer of this version: {error}") from error
+            if answers.setdefault(answer.key, answer) != answer:
+                raise RunError(f"{path.name} line {number} answers {answer.sample!r} of {answer.task} a second time")
+    times: dict[tuple[str, Cell, tuple[str, ...]], BatchTime] = {}
+    for path in sorted(place.glob("times-*.jsonl")):
+        for number, line in _lines(path):
+            try:
+                time = BatchTime.of(line)
+            except (TypeError, KeyError) as error:
+                raise RunError(f"{path.name} line {number} is no time of this version: {error}") from error
+            if all((time.task, sample, time.cell) in answers for sample in time.samples):
+                times[time.task, time.cell, time.samples] = time
+    ordered = sorted(answers.values(), key=lambda one: one.key)
+    return Run(place, manifest, tuple(ordered), tuple(times[key] for key in sorted(times)))
+
+
+def answered(folder: Path) -> set[Key]:
+    """What need not be asked again."""
+    return {answer.key for answer in read_run(folder).answers}
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder; a second run is refused at once. The lock dies with its process.
+
+    Raises:
+        RunError: Another process holds it, or the folder cannot be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(str(folder / LOCK))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"another run writes to {str(folder)!r}; wait for it, or name another folder") from None
+    except OSError as error:
+        raise RunError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    data = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+    try:
+        with path.open("ab") as file:
+            start = file.tell()
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(path, start)  # half a batch would be asked again and stand there twice
+                raise
+    except OSError as error:
+        raise RunError(f"cannot write to {str(path)!r}: {error.strerror or error}. What it held is kept.") from error
+
+
+def _mend(path: Path) -> None:
+    """Drop a last line that a kill cut off."""
+    try:
+        if not path.exists():
+            path.touch()
+            return
+        data = path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            with path.open("r+b") as file:
+                file.truncate(data.rfind(b"\n") + 1)
+    except OSError as error:
+        raise RunError(f"cannot write to {str(path)!r}: {error.strerror or error}") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RunError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    for number, line in enumerate(lines[:-1], 1):  # behind the last line end stands nothing, or half a line
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("no object")
+        except ValueError as error:
+            raise RunError(f"line {number} of {str(path)!r} is damaged ({error}); its answers cannot be trusted") from None
+        yield number, row

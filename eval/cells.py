@@ -56,8 +56,8 @@ class Cell:
 
     @property
     def spend(self) -> Budget | None:
-        """The budget; None where the options say the schedule."""
-        return None if self.budget == FIXED else Budget.parse(self.budget)
+        """The budget; None for the unpatched model, and where the options say the schedule."""
+        return None if self.budget in ("", FIXED) else Budget.parse(self.budget)
 
 
 def parse_methods(text: str) -> Methods:

@@ -4,6 +4,7 @@
 * ``answers-00000.jsonl``: a line per answer, one file per process. The same run gives the same lines, times apart,
   on any number of processes.
 * ``times-00000.jsonl``: a line per batch with its times.
+* ``done.json``: the number of samples of every task, written when all are answered.
 * ``run.lock``: held while a run writes.
 
 Lines are appended with fsync, a batch at a time. A last line that a kill cut off is dropped when the folder is opened
@@ -23,7 +24,7 @@ from typing import Any
 from vlm_budget.errors import RunError
 from vlm_budget.eval.cells import Cell
 
-MANIFEST, LOCK = "manifest.json", "run.lock"
+MANIFEST, DONE, LOCK = "manifest.json", "done.json", "run.lock"
 _VERSION = 1
 Key = tuple[str, str, Cell]
 
@@ -108,7 +109,7 @@ class Run:
 
     Attributes:
         folder: The folder.
-        manifest: The configuration, and where it ran.
+        manifest: The configuration, and where it ran; of a finished run, ``samples`` per task.
         answers: Every answer once, in order of task, sample and cell.
         times: Of batches all of whose samples are answered.
     """
@@ -189,14 +190,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         RunError: There is no run, or its manifest is damaged or of another version.
     """
     path = folder / MANIFEST
+    if not path.exists():
+        raise RunError(f"{str(folder)!r} holds no run: there is no {MANIFEST}")
+    found = _read_object(path)
+    if found.get("version") != _VERSION:
+        raise RunError(f"{str(path)!r} is no manifest of version {_VERSION}")
+    return found
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{str(folder)!r} holds no run: there is no {MANIFEST}") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read {str(path)!r}: {error}") from error
-    if not isinstance(found, dict) or found.get("version") != _VERSION:
-        raise RunError(f"{str(path)!r} is no manifest of version {_VERSION}")
+    if not isinstance(found, dict):
+        raise RunError(f"{str(path)!r} is damaged: it holds no object")
     return found
 
 
@@ -208,6 +216,8 @@ def read_run(folder: str | Path) -> Run:
     """
     place = Path(folder)
     manifest = read_manifest(place)
+    if (place / DONE).exists():
+        manifest |= _read_object(place / DONE)
     answers: dict[Key, Answer] = {}
     for path in sorted(place.glob("answers-*.jsonl")):
         for number, line in _lines(path):

@@ -1,6 +1,6 @@
 """What may be spent.
 
-``Budget.parse`` accepts what users type: ``0.2`` and ``"20%"`` are ratios of the *unpruned visual tokens of a prompt*,
+``Budget.parse`` and ``Budget`` accept what users type: ``0.2`` and ``"20%"`` are ratios of the *unpruned visual tokens of a prompt*,
 ``128`` and ``"128 tokens"`` are tokens per prompt (one batch row, all its images together). FLOPs, milliseconds and
 bytes are what one prompt may cost the language model: its pass over the prompt, or the cache that this leaves. They
 become tokens in a plan, with the prices of a :class:`~vlm_budget.cost.CostModel`.
@@ -51,9 +51,9 @@ _SHARES: dict[str, Unit] = {
 _EXAMPLES = "0.2, '25%', 128, '128 tokens', '40% flops', '80 ms', '200 MB kv'"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Budget:
-    """An amount in a unit.
+    """An amount in a unit: ``Budget("50% ms")`` as users write it, or ``Budget(0.5, "ms", relative=True)``.
 
     Attributes:
         amount: How much. A share in (0, 1] when ``relative``, else tokens, FLOPs, milliseconds or bytes.
@@ -66,10 +66,25 @@ class Budget:
     unit: Unit = "ratio"
     relative: bool = True
 
-    def __post_init__(self) -> None:
+    def __init__(self, amount: float | str, unit: Unit = "ratio", relative: bool = True) -> None:
+        """Text says unit and kind itself, so nothing may stand beside it.
+
+        Raises:
+            BudgetError: Not a budget.
+        """
+        if isinstance(amount, str):
+            if (unit, relative) != ("ratio", True):
+                raise BudgetError(f"Budget({amount!r}) is read as it is written; leave out unit and relative")
+            read = Budget.parse(amount)
+            amount, unit, relative = read.amount, read.unit, read.relative
+        for name, value in (("amount", amount), ("unit", unit), ("relative", relative)):
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
         """Refuse what is no amount of the unit, and amounts that no input could ever meet."""
         if isinstance(self.amount, bool) or not isinstance(self.amount, Real):
-            raise BudgetError(f"the amount of a budget is a number, got {self.amount!r}. Budget.parse reads text.")
+            raise BudgetError(f"the amount of a budget is a number or text, got {self.amount!r}. Try one of {_EXAMPLES}.")
         if self.unit not in get_args(Unit):
             raise BudgetError(f"the unit of a budget is one of {', '.join(get_args(Unit))}, got {self.unit!r}")
         if self.relative != {"ratio": True, "tokens": False}.get(self.unit, self.relative):
@@ -160,22 +175,28 @@ class Budget:
         if wanted > total:
             raise BudgetError(
                 f"budget '{self}' asks for {wanted} visual tokens but the prompt has only {total}. "
-                f"The nearest feasible budget is {total} tokens (or 1.0)."
+                f"The nearest feasible budget is {count_of(total)} (or 1.0)."
             )
         if wanted < items:
             raise BudgetError(
                 f"budget '{self}' leaves {wanted} of {total} visual tokens for {items} image(s) or video(s): less than "
-                f"one each. The nearest feasible budget is {items} tokens (or {items / total:.4g})."
+                f"one each. The nearest feasible budget is {count_of(items)} (or {items / total:.4g})."
             )
         return wanted
 
     def __str__(self) -> str:
         """The budget as text that :meth:`parse` reads back to an equal one."""
+        amount = Decimal(repr(self.amount))
         if self.relative:
-            name = {"ratio": "", "flops": " flops", "ms": " time", "bytes": " kv"}[self.unit]
-            return f"{_short(Decimal(repr(self.amount)) * 100)}%{name}"
-        name = {"tokens": "tokens", "flops": "flops", "ms": "ms", "bytes": "B kv"}[self.unit]
-        return f"{_short(Decimal(repr(self.amount)))} {name}"
+            return f"{_short(amount * 100)}%{_SHARE_NAMES[self.unit]}"
+        if self.unit == "tokens":
+            return count_of(int(self.amount))
+        return f"{_short(amount)} ms" if self.unit == "ms" else _in_large_units(amount, self.unit)
+
+
+def count_of(tokens: int) -> str:
+    """``"1 token"``, ``"2 tokens"``."""
+    return f"{tokens} token" if tokens == 1 else f"{tokens} tokens"
 
 
 def in_words(amount: float, unit: Unit) -> str:
@@ -188,6 +209,17 @@ def in_words(amount: float, unit: Unit) -> str:
 
 
 _PREFIXES = (("P", 10**15), ("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3))
+_SHARE_NAMES = {"ratio": "", "tokens": "", "flops": " flops", "ms": " ms", "bytes": " kv"}
+
+
+def _in_large_units(amount: Decimal, unit: Unit) -> str:
+    """In the largest unit that is read back to the same float."""
+    for prefix, size in _PREFIXES:
+        name = f"{prefix}FLOPs" if unit == "flops" else f"{prefix}B kv"
+        number = amount / size
+        if number >= 1 and name.lower() in _AMOUNTS and float(number) * size == float(amount):
+            return f"{_short(number)} {name}"
+    return f"{_short(amount)} {'flops' if unit == 'flops' else 'B kv'}"
 
 
 def _short(number: Decimal) -> str:

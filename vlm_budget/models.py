@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from typing import Any
 
@@ -12,6 +13,8 @@ from .errors import LayoutError, UnsupportedModelError
 from .families.base import Family
 from .layout import Modality, VisualItem, VisualLayout, group_rows
 from .registry import FAMILIES
+
+_SAMPLES = 16  # numbers per weight that tell one checkpoint from another
 
 
 def find_family(model: Any) -> tuple[nn.Module, nn.Module, Family]:
@@ -65,6 +68,18 @@ def text_tokens(base: nn.Module, family: Family, inputs: dict[str, Any]) -> list
         valid = valid & (ids != token)
     counts: list[int] = valid.sum(1).tolist()
     return counts
+
+
+def weights_fingerprint(base: nn.Module) -> str:
+    """A fingerprint of a model's weights: shapes, format and a few numbers of each."""
+    digest = hashlib.sha256()
+    for name, weight in base.named_parameters():
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        if not weight.is_meta:  # offloaded weights are not read in for this
+            flat = weight.detach().flatten()
+            few = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES]
+            digest.update(few.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def encoder_items(base: nn.Module, family: Family, modality: Modality, inputs: dict[str, Any]) -> list[VisualItem]:

@@ -5,42 +5,65 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from PIL import Image
 
 
-def image_token(processor: Any) -> str:
-    """The text that stands for one picture in a prompt."""
+def image_token(processor: Any, kind: str = "image") -> str:
+    """The text that stands for one picture (or one ``"video"``) in a prompt."""
     for owner in (processor, getattr(processor, "tokenizer", None)):
-        token = getattr(owner, "image_token", None)
+        token = getattr(owner, f"{kind}_token", None)
         if token is not None:
             return str(token)
-    return "<image>"
+    return f"<{kind}>"
 
 
-def prompt_text(processor: Any, question: str, images: int) -> str:
+def prompt_text(processor: Any, question: str, images: int, kind: str = "image") -> str:
     """The prompt as the model was trained to see it.
 
     A question that holds the image token already is taken as the whole prompt. Otherwise the processor's chat template
     is used; where there is none, one image token per picture goes in front.
+
+    Args:
+        processor: The model's processor.
+        question: The question.
+        images: Number of pictures, or of videos.
+        kind: ``"image"`` or ``"video"``.
     """
-    token = image_token(processor)
+    token = image_token(processor, kind)
     if token in question:
         return question
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+        content = [{"type": kind}] * images + [{"type": "text", "text": question}]
         text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         return text
     return token * images + question
 
 
-def build_inputs(processor: Any, questions: Sequence[str], images: Sequence[Sequence[Image.Image]], model: Any) -> Any:
+def build_inputs(
+    processor: Any,
+    questions: Sequence[str],
+    images: Sequence[Sequence[Image.Image]],
+    model: Any,
+    videos: bool = False,
+) -> Any:
     """Model inputs for a batch of questions, each about its pictures.
+
+    Args:
+        processor: The model's processor.
+        questions: One per prompt.
+        images: Per prompt, its pictures.
+        model: The model, for device and number format.
+        videos: Each prompt's pictures are the frames of one video.
 
     Returns:
         The processor's tensors, padded on the left, on the model's device and in its number format.
     """
-    texts = [prompt_text(processor, question, len(own)) for question, own in zip(questions, images, strict=True)]
+    kind = "video" if videos else "image"
+    counts = [1 if videos else len(own) for own in images]
+    texts = [prompt_text(processor, question, n, kind) for question, n in zip(questions, counts, strict=True)]
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
     # A template that writes the start token itself must not get a second one.
@@ -49,6 +72,8 @@ def build_inputs(processor: Any, questions: Sequence[str], images: Sequence[Sequ
     options: dict[str, Any] = {"padding": True} if len(texts) > 1 else {}
     if twice:
         options["add_special_tokens"] = False
-    if any(images):
+    if videos:
+        options["videos"] = [[np.asarray(frame) for frame in own] for own in images]
+    elif any(images):
         options["images"] = [list(own) for own in images]
     return processor(text=texts, return_tensors="pt", **options).to(model.device, model.dtype)

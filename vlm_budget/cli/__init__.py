@@ -1,4 +1,4 @@
-"""The command line: ``vlm-budget demo | run | calibrate | search | autotune | list | explain``, one file per verb.
+"""The command line: ``vlm-budget demo | run | calibrate | search | autotune | eval | list | explain``, one file per verb.
 
 Only typer and rich load here; torch and transformers load inside the verbs that need them.
 """
@@ -14,6 +14,7 @@ from .autotune import autotune
 from .calibrate import calibrate
 from .catalog import list_names
 from .demo import demo
+from .eval import app as eval_app
 from .explain import explain
 from .run import run
 from .search import search
@@ -31,6 +32,7 @@ app.command("run")(run)
 app.command("calibrate")(calibrate)
 app.command("search")(search)
 app.command("autotune")(autotune)
+app.add_typer(eval_app)
 app.command("list")(list_names)
 app.command("explain")(explain)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 from ..budget import Budget, Unit
 from ..cost import CostModel
 from ..errors import CalibrationError, PatchError
-from ..models import find_family
+from ..models import find_family, weights_fingerprint
 from ..patching import patch
 from ..plan import Plan
 from ..planning import Facts, Methods, make_plan
@@ -23,8 +22,6 @@ from ..recipe import CalibrationFacts, ModelFacts
 from .data import Calibration, Example
 from .greedy import FIRST
 from .metrics import Metric
-
-_SAMPLES = 16  # numbers per weight that tell one checkpoint from another
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class Judge:
         """What judged points belong to, for a journal."""
         facts = self.model_facts
         return {
-            "model": f"{facts.name} {facts.config[:16]} {_weights(self.base)}",
+            "model": f"{facts.name} {facts.config[:16]} {weights_fingerprint(self.base)}",
             "calibration": self.calibration.hash,
             "metric": str(self.metric),
         }
@@ -235,15 +232,3 @@ def _batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
             batch = []
         batch.append(example)
     yield batch
-
-
-def _weights(base: torch.nn.Module) -> str:
-    """A fingerprint of a model's weights: shapes, format and a few numbers of each."""
-    digest = hashlib.sha256()
-    for name, weight in base.named_parameters():
-        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        if not weight.is_meta:  # offloaded weights are not read in for this
-            flat = weight.detach().flatten()
-            few = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES]
-            digest.update(few.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -1,0 +1,39 @@
+"""Which samples are asked together: those of like length, the same ones however many processes there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+
+from vlm_budget.eval.sample import Broken, Sample
+
+_WINDOW = 4  # batches
+
+
+def windows(samples: Iterable[Sample | Broken], batch: int) -> Iterator[list[Sample | Broken]]:
+    """Consecutive samples, a few batches at a time, so that a dataset is never held whole."""
+    waiting = iter(samples)
+    while window := list(islice(waiting, batch * _WINDOW)):
+        yield window
+
+
+def batches(window: Iterable[Sample], batch: int) -> Iterator[list[Sample]]:
+    """A window's samples in batches of like length: the same kind of input, then pictures, then text.
+
+    Args:
+        window: Samples.
+        batch: The most in one.
+    """
+    kinds: dict[bool, list[Sample]] = {}
+    for sample in window:
+        kinds.setdefault(sample.clip is not None, []).append(sample)
+    for members in kinds.values():
+        ordered = sorted(members, key=lambda one: (len(one.images), len(one.prompt), one.id))
+        for start in range(0, len(ordered), batch):
+            yield ordered[start : start + batch]
+
+
+def halves(samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """A batch that was too large, or holds a bad sample, as two."""
+    middle = (len(samples) + 1) // 2
+    return samples[:middle], samples[middle:]

@@ -1,0 +1,58 @@
+"""Looks through datasets without a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm_budget.errors import VLMBudgetError
+from vlm_budget.eval.config import EvalConfig
+from vlm_budget.eval.sample import Broken, Sample
+
+_NAMED = 20  # faults that are told, per task
+
+
+def look_through(config: EvalConfig, pictures: bool = True) -> dict[str, dict[str, Any]]:
+    """Read every record of every task, and open its pictures.
+
+    Args:
+        config: Tasks, their data, and a limit; the rest is not looked at.
+        pictures: Open pictures and find videos, too.
+
+    Returns:
+        Per task: ``samples``, ``broken`` (how many cannot be asked), and ``faults``, the first of them in words.
+
+    Raises:
+        DataError: A dataset is missing, or is not laid out as its task says.
+    """
+    tasks, _ = config.resolve()
+    found: dict[str, dict[str, Any]] = {}
+    for task in tasks:
+        samples, broken, faults = 0, 0, []
+        seen: set[str] = set()
+        for one in task.samples(config.source(task)):
+            samples += 1
+            fault = _fault(one, seen, pictures)
+            if fault is not None:
+                broken += 1
+                if len(faults) < _NAMED:
+                    faults.append(f"{one.id}: {fault}")
+        found[task.name] = {"samples": samples, "broken": broken, "faults": faults}
+    return found
+
+
+def _fault(one: Sample | Broken, seen: set[str], pictures: bool) -> str | None:
+    if isinstance(one, Broken):
+        return one.error
+    if one.id in seen:
+        return "its id stands twice"
+    seen.add(one.id)
+    if not pictures:
+        return None
+    if one.clip is not None and not one.clip.path.exists():
+        return f"there is no video {one.clip.name!r}"
+    try:
+        for picture in one.images:
+            picture.load()
+    except VLMBudgetError as error:
+        return str(error)
+    return None

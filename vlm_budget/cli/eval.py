@@ -1,0 +1,407 @@
+"""``vlm-budget eval run | resume | report | compare | ls | validate``: methods, budgets and models on benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from .common import DebugOption, Device, DeviceOption, Dtype, DtypeOption, JsonOption, clean, err_console, out_console
+from .common import print_json
+
+if TYPE_CHECKING:
+    from ..eval.config import EvalConfig
+    from ..eval.store import Run
+    from ..eval.summary import Summary
+
+app = typer.Typer(
+    name="eval",
+    help="Measure methods and budgets on benchmarks: what accuracy they cost, and what they save.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start here: [bold]vlm-budget eval run --model nano --tasks nano --methods hired,divprune --limit 50 --out "
+    "results[/bold]",
+)
+
+_WHAT, _DATA, _HOW = "What is compared", "On which questions", "How it runs"
+TaskFolders = Annotated[
+    list[str] | None,
+    typer.Option("--task-folder", help="A folder with tasks of your own; repeatable.", rich_help_panel=_DATA),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Of a run.", show_default=False)]
+TimesOption = Annotated[
+    bool,
+    typer.Option("--times/--no-times", help="With measured times; without them equal runs give equal files."),
+]
+
+
+@app.command("run")
+@clean
+def run(
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A YAML file with any of these options; those given here win.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="nano, nano-robust, a folder, or a hub id.", rich_help_panel=_WHAT)
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            help="Separated by commas; '+' joins two, options go in brackets: 'hired,hired+fastv,hired(alpha=0.3)'. "
+            "'all' is every registered method. Baselines run in any case.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option("--budgets", help="Separated by commas: 1.0,0.4,0.2 or '40% flops'.", rich_help_panel=_WHAT),
+    ] = None,
+    without: Annotated[
+        str | None,
+        typer.Option(
+            "--without", help="Baselines that are refused: unpatched, random, uniform.", rich_help_panel=_WHAT
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="Separated by commas; see [bold]eval ls[/bold].", rich_help_panel=_DATA),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="TASK=FOLDER",
+            help="Where a task's dataset lies; TASK=hub or TASK=hub:NAME loads it with datasets. Repeatable.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    task_folder: TaskFolders = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Samples per task at most.", rich_help_panel=_DATA)
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of tasks that draw samples.", rich_help_panel=_DATA)] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Samples at once [default: 8].", rich_help_panel=_HOW)
+    ] = None,
+    share_encoding: Annotated[
+        bool | None,
+        typer.Option(
+            "--share-encoding/--no-share-encoding",
+            help="Encode pictures once per batch for all methods [default: share].",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    pictures: Annotated[
+        int | None,
+        typer.Option("--pictures", min=0, help="Worst regressions drawn per method and task.", rich_help_panel=_HOW),
+    ] = None,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.auto,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the results.", rich_help_panel=_HOW)] = Path("results"),
+    debug: DebugOption = False,
+) -> None:
+    """Ask a model every sample of some tasks, unpatched and under methods at budgets.
+
+    The unpatched model, random and uniform tokens are always measured beside the methods. Every answer is on the disk
+    when its batch is done; [bold]eval resume[/bold] goes on after an interruption. On several processes:
+    [bold]accelerate launch -m vlm_budget.eval run …[/bold].
+
+    Examples:
+
+      vlm-budget eval run --model nano-robust --tasks nano --methods hired,divprune --budgets 0.4,0.2 --out results
+
+      vlm-budget eval run --model ./llava --tasks textvqa --data textvqa=./TextVQA --methods hired+fastv --out results
+
+      vlm-budget eval run --config sweep.yaml --limit 100
+    """
+    from ..eval.config import EvalConfig
+
+    given: dict[str, Any] = {
+        "model": model,
+        "tasks": _words(tasks),
+        "methods": _methods(methods),
+        "budgets": _words(budgets),
+        "without": _words(without),
+        "data": _pairs(data) if data else None,
+        "task_folders": task_folder,
+        "limit": limit,
+        "seed": seed,
+        "batch": batch,
+        "share_encoding": share_encoding,
+        "pictures": pictures,
+        "device": None if device is Device.auto else device.value,
+        "dtype": None if dtype is Dtype.auto else dtype.value,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    wanted = EvalConfig.of({}, "the command line", **changes) if config is None else EvalConfig.read(config, **changes)
+    _run(wanted, out)
+
+
+@app.command("resume")
+@clean
+def resume(folder: RunFolder, debug: DebugOption = False) -> None:
+    """Go on with a run that was interrupted; nothing is asked twice.
+
+    Examples:
+
+      vlm-budget eval resume results
+    """
+    from ..eval.config import EvalConfig
+    from ..eval.store import read_manifest
+
+    _run(EvalConfig.of(read_manifest(folder)["config"], f"the manifest of {str(folder)!r}"), folder)
+
+
+@app.command("report")
+@clean
+def report(
+    folder: RunFolder,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the pages [default: the run's].")] = None,
+    formats: Annotated[str, typer.Option("--formats", help="html, md and csv, separated by commas.")] = "html,md,csv",
+    task_folder: TaskFolders = None,
+    times: TimesOption = True,
+    debug: DebugOption = False,
+) -> None:
+    """Write a run's pages: one HTML file that needs no network, Markdown, and CSV.
+
+    Examples:
+
+      vlm-budget eval report results
+
+      vlm-budget eval report results --no-times --formats csv
+    """
+    for file in _write(_summary(folder, task_folder, times), out or folder, _words(formats) or [], times):
+        out_console().print(Text.assemble("Written: ", (str(file), "bold")))
+
+
+@app.command("compare")
+@clean
+def compare(
+    folder: RunFolder,
+    first: Annotated[str, typer.Argument(help="A method, as 'hired at 20%' or 'unpatched'.", show_default=False)],
+    second: Annotated[str, typer.Argument(help="Another.", show_default=False)],
+    task_folder: TaskFolders = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare two methods on the samples both answered: a paired bootstrap, task by task.
+
+    Examples:
+
+      vlm-budget eval compare results 'hired at 20%' 'random at 20%'
+    """
+    from ..errors import UnknownNameError
+    from ..eval.summary import compare as paired
+
+    summary = _summary(folder, task_folder, times=False)
+    cells = {str(cell): cell for cell in summary.cells}
+    for name in (first, second):
+        if name not in cells:
+            raise UnknownNameError(f"the run has no {name!r}; it has {', '.join(map(repr, cells))}")
+    found = {
+        task.name: paired(summary.run, task.name, task.metric, cells[first], cells[second]) for task in summary.tasks
+    }
+    if as_json:
+        print_json({"first": first, "second": second, "tasks": {name: vars(one) for name, one in found.items()}})
+        return
+    table = Table(title=Text(f"{first} minus {second}"))
+    for name in ("task", "difference", "95 % interval", "p", "samples"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for name, one in found.items():
+        table.add_row(
+            Text(name), f"{one.difference:+.4f}", f"{one.low:+.4f} … {one.high:+.4f}", f"{one.p:.3f}", str(one.n)
+        )
+    out_console().print(table)
+
+
+@app.command("ls")
+@clean
+def list_tasks(
+    task: Annotated[str | None, typer.Argument(help="Show one task: its data, prompt and metric.")] = None,
+    task_folder: TaskFolders = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List the tasks, or show one.
+
+    Examples:
+
+      vlm-budget eval ls
+
+      vlm-budget eval ls textvqa
+    """
+    from dataclasses import asdict
+
+    from ..eval.task import add_folder, read_task, task_names
+
+    for folder in task_folder or []:
+        add_folder(folder)
+    if task is not None:
+        facts = asdict(read_task(task))
+        if as_json:
+            print_json(facts)
+            return
+        shown = Table(show_header=False)
+        for name, value in facts.items():
+            shown.add_row(name, Text(_plain(value)))
+        out_console().print(shown)
+        return
+    tasks = [read_task(name) for name in task_names()]
+    if as_json:
+        print_json({"tasks": [asdict(one) for one in tasks]})
+        return
+    table = Table()
+    for name in ("task", "version", "kind", "metric", "data", "what"):
+        table.add_column(name)
+    for one in tasks:
+        needed = "yours: --data" if one.needs_data else "made on the spot"
+        table.add_row(one.name, str(one.version), one.modality, one.metric, needed, Text(one.title))
+    out_console().print(table)
+
+
+@app.command("validate")
+@clean
+def validate(
+    tasks: Annotated[str, typer.Option("--tasks", help="Separated by commas.")],
+    data: Annotated[
+        list[str] | None, typer.Option("--data", metavar="TASK=FOLDER", help="Where a task's dataset lies.")
+    ] = None,
+    task_folder: TaskFolders = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Samples per task that are looked at.")] = None,
+    pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Open every picture, too.")] = True,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Read whole datasets without any model: every record, every picture. Exit code 1 where something is wrong.
+
+    Examples:
+
+      vlm-budget eval validate --tasks textvqa --data textvqa=./TextVQA
+    """
+    from ..eval.config import EvalConfig
+    from ..eval.validate import look_through
+
+    config = EvalConfig.of(
+        {}, model="none", tasks=_words(tasks), data=_pairs(data), task_folders=task_folder or [], limit=limit
+    )
+    found = look_through(config, pictures)
+    if as_json:
+        print_json({"tasks": found})
+    else:
+        for name, facts in found.items():
+            colour = "red" if facts["faults"] else "green"
+            out_console().print(
+                Text.assemble((name, "bold"), f": {facts['samples']} samples, ", (f"{facts['broken']} faulty", colour))
+            )
+            for fault in facts["faults"]:
+                out_console().print(Text(f"  {fault}"))
+    if any(facts["broken"] for facts in found.values()):
+        raise typer.Exit(1)
+
+
+def _run(config: EvalConfig, out: Path) -> None:
+    from ..eval.runner import run as run_all
+    from ..eval.watch import live
+
+    stderr = err_console()
+    total = None if config.limit is None else config.limit * _count(config)
+    try:
+        with live(total) as progress:
+            found = run_all(config, out, progress)
+    except KeyboardInterrupt:
+        stderr.print(Text(f"stopped; go on with: vlm-budget eval resume {out}", "yellow"))
+        raise typer.Exit(130) from None
+    if not _leads():
+        return
+    from ..eval.summary import summarise
+
+    summary = summarise(found)
+    _print_summary(found, summary)
+    files = _write(summary, out, ["html", "md", "csv"], True)
+    out_console().print(Text.assemble("Report: ", (str(files[0]), "bold")))
+
+
+def _count(config: EvalConfig) -> int:
+    import os
+
+    tasks, cells = config.resolve()
+    return len(tasks) * len(cells) // int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _leads() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_summary(run: Run, summary: Summary) -> None:
+    table = Table(title=Text(f"{run.manifest['model']['name']}: the task's metric ± standard error"))
+    table.add_column("method")
+    for task in summary.tasks:
+        table.add_column(f"{task.name}\n{task.metric}", justify="right")
+    for cell in summary.cells:
+        row = []
+        for task in summary.tasks:
+            one = summary.by_place.get((task.name, cell))
+            row.append("–" if one is None or not one.main.n else f"{one.main.mean:.3f} ± {one.main.se:.3f}")
+        table.add_row(Text(str(cell)), *row)
+    out_console().print(table)
+    errors = sum(answer.error is not None for answer in run.answers)
+    if errors:
+        out_console().print(Text(f"{errors} of {len(run.answers)} answers are errors; see the report", "yellow"))
+    for cell, reason in run.manifest.get("refused", {}).items():
+        out_console().print(Text(f"left out: {cell}: {reason}", "dim"))
+
+
+def _summary(folder: Path, task_folders: Sequence[str] | None, times: bool) -> Summary:
+    from ..eval.store import read_run
+    from ..eval.summary import summarise
+    from ..eval.task import add_folder
+
+    found = read_run(folder)
+    for path in (*found.manifest["config"].get("task_folders", ()), *(task_folders or ())):
+        add_folder(path)
+    return summarise(found, times=times)
+
+
+def _write(summary: Summary, out: Path, formats: Sequence[str], times: bool) -> list[Path]:
+    from ..eval.report import write_report
+
+    return write_report(summary, out, formats=tuple(formats), times=times)
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _methods(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    from ..eval.cells import split_methods
+
+    return split_methods(text)
+
+
+def _pairs(entries: Sequence[str] | None) -> dict[str, str]:
+    from ..errors import OptionError
+
+    found = {}
+    for entry in entries or ():
+        task, equals, place = entry.partition("=")
+        if not equals or not task or not place:
+            raise OptionError(f"--data {entry!r}: write TASK=FOLDER, TASK=hub or TASK=hub:NAME")
+        found[task.strip()] = place.strip()
+    return found
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {_plain(one)}" for name, one in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

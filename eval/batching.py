@@ -17,20 +17,25 @@ def windows(samples: Iterable[Sample | Broken], batch: int) -> Iterator[list[Sam
         yield window
 
 
-def batches(window: Iterable[Sample], batch: int) -> Iterator[list[Sample]]:
+def batches(window: Iterable[Sample | Broken], batch: int) -> Iterator[list[Sample | Broken]]:
     """A window's samples in batches of like length: the same kind of input, then pictures, then text.
 
     Args:
-        window: Samples.
+        window: Samples; records that are none come in a batch of their own.
         batch: The most in one.
     """
-    kinds: dict[bool, list[Sample]] = {}
-    for sample in window:
-        kinds.setdefault(sample.clip is not None, []).append(sample)
+    kinds: dict[str, list[Sample | Broken]] = {}
+    for one in window:
+        kind = "broken" if isinstance(one, Broken) else "picture" if one.clip is None else "video"
+        kinds.setdefault(kind, []).append(one)
     for members in kinds.values():
-        ordered = sorted(members, key=lambda one: (len(one.images), len(one.prompt), one.id))
+        ordered = sorted(members, key=_length)
         for start in range(0, len(ordered), batch):
             yield ordered[start : start + batch]
+
+
+def _length(one: Sample | Broken) -> tuple[int, int, str]:
+    return (0, 0, one.id) if isinstance(one, Broken) else (len(one.images), len(one.prompt), one.id)
 
 
 def halves(samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sample]]:

@@ -20,7 +20,7 @@ _LISTED = re.compile(r"(?:^|[\s,;])\(?([A-Z])[).:](?=\s)")
 _ALONE = re.compile(r"^[(\[{]?\s*([A-Za-z])\s*[)\]}]?\s*[.,:;!]?$")
 _OR = re.compile(r"^\s*(?:or|and|/|,|&)\s*[(\[]?\s*(?:option\s+|choice\s+)?([A-Za-z])(?![\w'’])", re.IGNORECASE)
 _NEXT = re.compile(r"^\s*(?:or\s|and\s|/|,|&)?\s*[(\[]?([A-Z])(?:[.,:;!)\]]|\s+(?:or|and)\b|\s*$)")
-_NOT = re.compile(r"\b(?:not|no|never|neither|nor|cannot|isn|aren|wasn|weren|doesn|don|didn)\b", re.IGNORECASE)
+_NOT = re.compile(r"\b(?:not|no|never|neither|nor|cannot)\b|n['’]t\b", re.IGNORECASE)
 _LEAD = re.compile(
     r"^(?:so|therefore|thus|hence)?[,\s]*(?:the\s+)?(?:(?:best|correct|right|final)\s+)?"
     r"(?:answer|option|choice)\s*(?:is|:)\s*|^(?:it|this|that|he|she|they)\s+(?:is|are|was|were)\s+",
@@ -141,8 +141,6 @@ def _by_text(text: str, options: Sequence[str]) -> str | None:
     same = [number for number, one in enumerate(words) if one and one == said]
     if same:
         return LETTERS[same[0]] if len(same) == 1 else None
-    if _NOT.search(text):
-        return None
     whole = f" {_words(text)} "
     named = []
     for number in sorted(range(len(words)), key=lambda one: -len(words[one])):
@@ -150,7 +148,11 @@ def _by_text(text: str, options: Sequence[str]) -> str | None:
             named.append(number)
             # "red" inside "red car" names no second option.
             whole = whole.replace(f" {words[number]} ", " \0 ")
-    return LETTERS[named[0]] if len(named) == 1 and words.count(words[named[0]]) == 1 else None
+    if len(named) != 1 or words.count(words[named[0]]) != 1:
+        return None
+    # "No, it does not" chooses the option "no"; "it is not blue" chooses nothing.
+    opens = _words(re.split(r"[,.;:!\n]", text, maxsplit=1)[0]) == words[named[0]]
+    return LETTERS[named[0]] if opens or not _NOT.search(text) else None
 
 
 def _words(text: str) -> str:

@@ -90,18 +90,18 @@ class EvalConfig:
         return cls.of(data, str(path), **changes)
 
     @classmethod
-    def of(cls, data: Any, where: str = "the configuration", **changes: Any) -> EvalConfig:
+    def of(cls, fields_given: Any, where: str = "the configuration", /, **changes: Any) -> EvalConfig:
         """From plain data.
 
         Raises:
             OptionError: Fields are unknown, missing, or of the wrong kind.
         """
-        if not isinstance(data, Mapping):
+        if not isinstance(fields_given, Mapping):
             raise OptionError(f"{where} is no mapping of fields")
         known = {one.name for one in fields(cls)}
-        if strange := sorted(set(map(str, data)) - known):
+        if strange := sorted(set(map(str, fields_given)) - known):
             raise OptionError(f"{where} has unknown fields: {', '.join(strange)}. Fields: {', '.join(sorted(known))}.")
-        found = {**data, **changes}
+        found = {**fields_given, **changes}
         for name in ("tasks", "methods", "budgets", "without", "task_folders"):
             if name in found:
                 entries = found[name] if isinstance(found[name], list | tuple) else [found[name]]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _SEEK = 4.0  # seconds that are cheaper decoded than jumped over: key frames stand about that far apart
-_LOST = 1.0  # seconds by which a file may end before its header says so
+_SLACK = 1e-3  # seconds: times are sums of floats, and files round them
 
 
 def read_frames(clip: Clip, count: int) -> list[Image.Image]:
@@ -108,25 +108,25 @@ def _from_file(clip: Clip, count: int) -> list[Image.Image]:
                 raise ImageError(f"{name} holds no video stream")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            length = _seconds(container, stream)
+            length, loose = _seconds(container, stream)
             end = length if clip.end is None else min(clip.end, length)
             if end <= clip.start:
                 raise ImageError(f"video {name} lasts {length:.2f} s: there is nothing from {clip.start} s on")
             piece = (end - clip.start) / count
             times = [clip.start + (number + 0.5) * piece for number in range(count)]
-            return _shown(container, stream, times, name)
+            return _shown(container, stream, times, loose, name)
     except (av.error.FFmpegError, ValueError, EOFError) as error:  # ImageError passes: see below
         if isinstance(error, ImageError):
             raise
         raise ImageError(f"video {name} is damaged, or no video that PyAV reads: {error}") from error
 
 
-def _seconds(container: Any, stream: Any) -> float:
-    """How long the pictures last; of a file that does not say it, by its packets."""
+def _seconds(container: Any, stream: Any) -> tuple[float, float]:
+    """How long the pictures last, and by how much less they may without being cut off."""
     if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    if container.duration:
-        return float(container.duration / 1_000_000)
+        return float(stream.duration * stream.time_base), 0.2
+    if container.duration:  # also of the sound, which may go on for a while
+        return float(container.duration / 1_000_000), 1 + 0.05 * float(container.duration / 1_000_000)
     last = first = None
     for packet in container.demux(stream):
         if packet.pts is not None:
@@ -137,17 +137,17 @@ def _seconds(container: Any, stream: Any) -> float:
     container.seek(0)
     if first is None or last is None or last <= first:
         raise ImageError("the video says neither how long it lasts nor when its frames are shown")
-    return last - first
+    return last - first, 0.2
 
 
-def _shown(container: Any, stream: Any, times: list[float], name: str) -> list[Image.Image]:
+def _shown(container: Any, stream: Any, times: list[float], loose: float, name: str) -> list[Image.Image]:
     """The frames a player shows at some times, each once."""
     base = float(stream.start_time * stream.time_base) if stream.start_time is not None else 0.0
     found: list[Any] = []
     frames: Iterator[Any] = container.decode(stream)
     shown, coming = None, next(frames, None)
     for time in times:
-        wanted = time + base
+        wanted = time + base + _SLACK
         if coming is not None and wanted - _clock(coming, name) > _SEEK:
             container.seek(int(wanted / stream.time_base), stream=stream, backward=True)
             frames = container.decode(stream)
@@ -161,7 +161,7 @@ def _shown(container: Any, stream: Any, times: list[float], name: str) -> list[I
             shown, coming = coming, next(frames, None)
         if shown is None:
             raise ImageError(f"video {name} holds no frame that can be decoded")
-        if coming is None and wanted - _clock(shown, name) > _LOST:
+        if coming is None and wanted - _clock(shown, name) > _lasts(shown, stream) + loose:
             raise ImageError(
                 f"video {name} is cut off: its frames end at {_clock(shown, name) - base:.2f} s, "
                 f"one of {time:.2f} s is wanted"
@@ -169,6 +169,11 @@ def _shown(container: Any, stream: Any, times: list[float], name: str) -> list[I
         if not found or shown is not found[-1]:
             found.append(shown)
     return [_picture(frame, name) for frame in found]
+
+
+def _lasts(frame: Any, stream: Any) -> float:
+    told = float(frame.duration * frame.time_base) if frame.duration else 0.0
+    return max(told, float(1 / stream.average_rate) if stream.average_rate else 0.0)
 
 
 def _clock(frame: Any, name: str) -> float:

@@ -44,9 +44,10 @@ _SAME = (
     ("\u03c0", "\\pi"),
     ("\u221e", "\\infty"),
 )
+_LETTERS = ("\\pi", "\\alpha", "\\beta", "\\gamma", "\\theta", "\\lambda", "\\mu", "\\phi", "\\omega", "\\infty")
 _UNITS = (
-    r"\\text\{\s*(?:square |cubic )?(?:units?|dollars?|cents?|degrees?|percent|points?|inch(?:es)?|feet|foot|miles?|yards?|"
-    r"hours?|minutes?|seconds?|days?|years?|cm|mm|m|km|kg|g|in|ft|mph|sq|people|ways)\b[^{}]*\}(?:\^\{?\d\}?)?$"
+    r"\\text\{\s*(?:square |cubic )?(?:units?|dollars?|cents?|degrees?|percent|points?|inch(?:es)?|feet|foot|miles?|"
+    r"yards?|hours?|minutes?|seconds?|days?|years?|cm|mm|m|km|kg|g|in|ft|mph|sq|people|ways)\b[^{}]*\}(?:\^\{?\d\}?)?$"
 )
 
 
@@ -81,9 +82,9 @@ def normal(answer: str) -> str:
     text = answer.strip().rstrip(".").strip()
     for name in _GONE:
         # \left goes, \leftarrow stays; so does the space behind a matrix's \\.
-        text = re.sub(r"(?<!\\)" + re.escape(name) + (r"(?![a-zA-Z])" if name[-1].isalpha() else ""), "", text)
+        text = re.sub(r"(?<!\\)" + _whole(name), "", text)
     for name, other in _SAME:
-        text = re.sub(re.escape(name) + (r"(?![a-zA-Z])" if name[-1].isalpha() else ""), lambda _, o=other: o, text)
+        text = re.sub(_whole(name), other.replace("\\", "\\\\"), text)
     bare = re.sub(_UNITS, "", text.strip())
     text = bare if bare.strip() else text
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
@@ -92,7 +93,7 @@ def normal(answer: str) -> str:
     text = re.sub(r"\\frac(\d)\{", r"\\frac{\1}{", text)
     text = re.sub(r"(\\frac\{[^{}]*\})(\d)", r"\1{\2}", text)
     text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", text)
-    text = re.sub(r"\^\{(\w)\}", r"^\1", text)
+    text = re.sub(r"([\^_])\{(\w)\}", r"\1\2", text)
     text = re.sub(r"^[a-zA-Z]\\in", "", text)
     if re.fullmatch(r"[a-zA-Z](?:\([a-zA-Z]\))?=[^=]+", text):
         text = text.partition("=")[2]
@@ -101,6 +102,11 @@ def normal(answer: str) -> str:
     if re.fullmatch(r"\(([A-Za-z])\)", text):
         text = text[1:-1]
     return text
+
+
+def _whole(name: str) -> str:
+    """A pattern for a command, not for the beginning of a longer one."""
+    return re.escape(name) + (r"(?![a-zA-Z])" if name[-1].isalpha() else "")
 
 
 def _is_text(*answers: str) -> bool:
@@ -289,9 +295,6 @@ class _Reader:
             raise ValueError(f"{token} is missing")
 
 
-_LETTERS = tuple(f"\\{name}" for name in "pi alpha beta gamma theta lambda mu phi omega sigma infty".split())
-
-
 def _unknown(name: str, point: Fraction) -> Fraction:
     """A value of its own for every letter, far from those of the others."""
     number = _LETTERS.index(name) + 60 if name in _LETTERS else ord(name) - ord("A")
@@ -299,15 +302,21 @@ def _unknown(name: str, point: Fraction) -> Fraction:
 
 
 def _plus(one: Number, two: Number) -> Number:
-    return _bounded(one + two) if isinstance(one, Fraction) and isinstance(two, Fraction) else complex(one) + complex(two)
+    return (
+        _bounded(one + two) if isinstance(one, Fraction) and isinstance(two, Fraction) else complex(one) + complex(two)
+    )
 
 
 def _times(one: Number, two: Number) -> Number:
-    return _bounded(one * two) if isinstance(one, Fraction) and isinstance(two, Fraction) else complex(one) * complex(two)
+    return (
+        _bounded(one * two) if isinstance(one, Fraction) and isinstance(two, Fraction) else complex(one) * complex(two)
+    )
 
 
 def _over(one: Number, two: Number) -> Number:
-    return _bounded(one / two) if isinstance(one, Fraction) and isinstance(two, Fraction) else complex(one) / complex(two)
+    return (
+        _bounded(one / two) if isinstance(one, Fraction) and isinstance(two, Fraction) else complex(one) / complex(two)
+    )
 
 
 def _raised(base: Number, exponent: Number) -> Number:

@@ -6,6 +6,7 @@ is read in :mod:`vlm_budget.eval.choices`.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Sequence
@@ -166,9 +167,10 @@ def _distance(first: str, second: str) -> float:
 def _number(text: str) -> float | None:
     text = text.strip()
     try:
-        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
 
 
 def _one_spaced(text: str) -> str:

@@ -1,6 +1,6 @@
 """Runs a configuration: every sample of every task, answered by every cell, written down as it comes.
 
-Each process takes every n-th window of samples. A batch is prepared and encoded once and answered by all cells that
+Each process takes every n-th batch, which is prepared and encoded once and answered by all cells that
 still owe answers; memory that runs out halves it, a bad sample is found by halving and recorded with its error.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,13 +74,14 @@ def run(config: EvalConfig, out: str | Path, progress: Progress | None = None, l
         cells, refused = _usable(model, cells, config)
         team.once(lambda: begin(folder, manifest(config, model, tasks, cells, refused)))
         worker = Worker(Driver(model, cells, config.share_encoding), cells, Store(folder, team.rank), answered(folder))
-        counts = {}
+        counts = dict.fromkeys((task.name for task in tasks), 0)
+        turns = count()
         for task in tasks:
-            counts[task.name] = 0
-            for number, window in enumerate(windows(task.samples(sources[task.name]), config.batch)):
+            for window in windows(task.samples(sources[task.name]), config.batch):
                 counts[task.name] += len(window)
-                if number % team.size == team.rank:
-                    for _ in worker.answer(task, window, config.batch):
+                for members in batches(window, config.batch):
+                    if next(turns) % team.size == team.rank:
+                        worker.answer(task, members)
                         if progress is not None:
                             progress.update(worker)
         team.wait()
@@ -139,21 +141,20 @@ class Worker:
         self._warm: set[Cell] = set()
         self._unmet: dict[tuple[Any, ...], str] = {}  # budgets that prompts of a size cannot meet
 
-    def answer(self, task: Task, window: Sequence[Sample | Broken], batch: int) -> Iterator[int]:
-        """Answer what is still owed of a window; yields after every batch the number of answers."""
+    def answer(self, task: Task, members: Sequence[Sample | Broken]) -> None:
+        """Answer what is still owed of a batch."""
         self.task = task.name
-        broken = [one for one in window if isinstance(one, Broken)]
-        for one in broken:
-            self._note(task, [Answer(task.name, one.id, cell, one.id, error=_line(one.error)) for cell in self.cells])
-        for members in batches([one for one in window if isinstance(one, Sample)], batch):
-            owed: dict[tuple[str, ...], list[Cell]] = {}
-            for cell in self.cells:
-                ids = tuple(one.id for one in members if (task.name, one.id, cell) not in self.known)
-                owed.setdefault(ids, []).append(cell)
-            for ids, cells in owed.items():
-                if ids:
-                    self._ask(task, [one for one in members if one.id in ids], cells)
-                    yield self.asked
+        for one in members:
+            if isinstance(one, Broken):
+                self._note(task, [Answer(task.name, one.id, cell, one.id, error=_line(one.error)) for cell in self.cells])
+        owed: dict[tuple[str, ...], list[Cell]] = {}
+        for cell in self.cells:
+            ids = tuple(one.id for one in members if (task.name, one.id, cell) not in self.known)
+            owed.setdefault(ids, []).append(cell)
+        for ids, cells in owed.items():
+            samples = [one for one in members if isinstance(one, Sample) and one.id in ids]
+            if samples:
+                self._ask(task, samples, cells)
 
     def _ask(self, task: Task, samples: Sequence[Sample], cells: Sequence[Cell]) -> None:
         """Answer samples together, or by halves where that fails."""

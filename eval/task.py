@@ -100,8 +100,11 @@ class Task:
         return found
 
     def figures(self, rows: Sequence[tuple[Scores, Mapping[str, Any]]]) -> Scores:
-        """Figures over all samples: means of every score, then those of :attr:`summary`."""
-        names = dict.fromkeys(name for scores, _ in rows for name in scores)
+        """Figures over all samples: means of every score, then those of :attr:`summary`.
+
+        Scores whose names begin with ``_`` are for :attr:`summary` alone.
+        """
+        names = dict.fromkeys(name for scores, _ in rows for name in scores if not name.startswith("_"))
         means = {}
         for name in names:
             values = [scores[name] for scores, _ in rows if name in scores]

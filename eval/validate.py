@@ -48,11 +48,11 @@ def _fault(one: Sample | Broken, seen: set[str], pictures: bool) -> str | None:
     seen.add(one.id)
     if not pictures:
         return None
-    if one.clip is not None and not one.clip.path.exists():
-        return f"there is no video {one.clip.name!r}"
     try:
+        if one.clip is not None and not one.clip.path.exists():
+            return f"there is no video {one.clip.name!r}"
         for picture in one.images:
             picture.load()
-    except VLMBudgetError as error:
+    except (VLMBudgetError, OSError) as error:  # a name too long to be looked for, too
         return str(error)
     return None

@@ -13,6 +13,7 @@ from what is left. Visual pivots are paid from the count. Several images are tre
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.nn.functional import normalize
@@ -38,6 +39,7 @@ class DART(DecoderPruner):
     pivots_text: int = 4
 
     paper = "arXiv 2502.11494"
+    layer_field: ClassVar[str | None] = "layer"
 
     def __post_init__(self) -> None:
         """Check the counts."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Real
+from typing import ClassVar
 
 import torch
 
@@ -35,6 +36,7 @@ class FastV(DecoderPruner):
     r: float | None = None
 
     paper = "arXiv 2403.06764"
+    layer_field: ClassVar[str | None] = "k"
 
     def __post_init__(self) -> None:
         """Check K and R."""

@@ -11,15 +11,17 @@ This file applies rates. Layer ``l`` keeps ``ceil(rates[l] * N)`` of a prompt's 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
 
-from vlm_budget.decoder import DecoderContext, DecoderPruner, Step, most_attended
+from vlm_budget.decoder import DecoderContext, DecoderPruner, Step, most_attended, too_early
 from vlm_budget.errors import OptionError
 
-from .psigmoid import PSigmoid, asking_rows, check_queries, counts_of, steps_of
+from .psigmoid import PSigmoid, asking_rows, check_queries, counts_of, curve_steps, steps_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +43,11 @@ class GSearch(DecoderPruner):
         """Check the rates."""
         super().__post_init__()
         check_queries(self.queries)
-        try:
-            rates = tuple(float(rate) for rate in self.rates)
-        except (TypeError, ValueError) as error:
-            raise OptionError(f"rates must be one number per decoder layer, got {self.rates!r}") from error
+        listed = isinstance(self.rates, Iterable) and not isinstance(self.rates, str | bytes)
+        given = list(self.rates) if listed else [None]
+        if any(isinstance(rate, bool) or not isinstance(rate, Real) for rate in given):
+            raise OptionError(f"rates must be one number per decoder layer, got {self.rates!r}")
+        rates = tuple(float(rate) for rate in given)
         object.__setattr__(self, "rates", rates)  # a list from JSON would make the method unhashable
         if any(not 0 <= rate <= 1 for rate in rates):
             raise OptionError(f"every rate must lie in [0, 1], got {rates}")
@@ -65,13 +68,24 @@ class GSearch(DecoderPruner):
             OptionError: The rates are for another number of layers.
             BudgetError: Without rates: the budget is below what the first layers take.
         """
+        return self.schedule_behind(1, tokens, spend, layers)
+
+    def schedule_behind(self, first: int, tokens: int, spend: int | None, layers: int) -> tuple[Step, ...]:
+        """The same, where no layer before ``first`` may drop.
+
+        Raises:
+            PatchError: Given rates drop before it.
+        """
         if not self.rates:
-            return PSigmoid().schedule(tokens, spend, layers)
+            return curve_steps(self, PSigmoid(first=max(PSigmoid.first, first)), tokens, spend, layers)
         if len(self.rates) != layers:
             raise OptionError(
                 f"the rates are for {len(self.rates)} decoder layers, the model has {layers}. Search on this model."
             )
-        return steps_of(counts_of(self.rates, tokens))
+        steps = steps_of(counts_of(self.rates, tokens))
+        if steps and steps[0].layer < first:
+            raise too_early(self, steps[0].layer, first, f"Pass rates that are 1 for the first {first} layers.")
+        return steps
 
     def pick(self, ctx: DecoderContext, k: int) -> torch.Tensor:  # type: ignore[override]
         """The ``k`` that the instruction looks at most."""

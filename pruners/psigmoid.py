@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -38,7 +39,8 @@ class PSigmoid(DecoderPruner):
         t0: Depth of the middle, 0 at the first and 1 at the last layer; None solves it for the budget.
         high: Rate that the curve comes from, in (0, 1].
         low: Rate that it falls to, in [0, high]; at least one token stays in any case.
-        first: First layer that may drop; the layers before it see every token.
+        first: First layer that may drop; the layers before it see every token. Later in models whose first layers have
+            visual features added (Qwen3-VL).
         queries: Whose attention ranks: all text behind the picture, or the prompt's last token as in FastV.
     """
 
@@ -55,11 +57,12 @@ class PSigmoid(DecoderPruner):
         """Check the curve."""
         super().__post_init__()
         check_queries(self.queries)
-        if not (math.isfinite(self.beta) and self.beta > 0):
+        if not (is_number(self.beta) and self.beta > 0):
             raise OptionError(f"beta must be a finite number above 0, got {self.beta!r}")
-        if self.t0 is not None and not math.isfinite(self.t0):
+        if self.t0 is not None and not is_number(self.t0):
             raise OptionError(f"t0 must be finite, or None to solve it for a budget, got {self.t0!r}")
-        if not 0 < self.high <= 1 or not 0 <= self.low <= self.high:
+        numbers = is_number(self.low) and is_number(self.high)
+        if not numbers or not 0 < self.high <= 1 or not 0 <= self.low <= self.high:
             raise OptionError(f"need 0 <= low <= high <= 1 and high > 0, got low={self.low!r}, high={self.high!r}")
         if isinstance(self.first, bool) or not isinstance(self.first, int) or self.first < 1:
             raise OptionError(f"first must be a layer from 1 on, got {self.first!r}")
@@ -83,14 +86,28 @@ class PSigmoid(DecoderPruner):
         Raises:
             BudgetError: The first layers alone, which see everything, take more than that.
         """
-        if self.t0 is not None:
-            return steps_of(_counts(self, tokens, layers, self.t0))
-        assert spend is not None, "a method that is not fixed is given a budget"
-        return _solved(self, tokens, spend, layers)
+        return self.schedule_behind(1, tokens, spend, layers)
+
+    def schedule_behind(self, first: int, tokens: int, spend: int | None, layers: int) -> tuple[Step, ...]:
+        """The same, where no layer before ``first`` may drop."""
+        return curve_steps(self, replace(self, first=max(self.first, first)), tokens, spend, layers)
 
     def pick(self, ctx: DecoderContext, k: int) -> torch.Tensor:  # type: ignore[override]
         """The ``k`` that the instruction looks at most."""
         return most_attended(ctx, asking_rows(ctx, self.queries), k)
+
+
+def curve_steps(who: object, curve: PSigmoid, tokens: int, spend: int | None, layers: int) -> tuple[Step, ...]:
+    """Steps along a curve, for the method ``who`` that a message names."""
+    if curve.t0 is not None:
+        return steps_of(_counts(curve, tokens, layers, curve.t0))
+    assert spend is not None, "a method that is not fixed is given a budget"
+    return _solved(who, curve, tokens, spend, layers)
+
+
+def is_number(value: object) -> bool:
+    """A finite real number; text and flags are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def counts_of(rates: Sequence[float], tokens: int) -> list[int]:
@@ -128,12 +145,12 @@ def _counts(method: PSigmoid, tokens: int, layers: int, t0: float) -> list[int]:
 
 
 @lru_cache(maxsize=4096)
-def _solved(method: PSigmoid, tokens: int, spend: int, layers: int) -> tuple[Step, ...]:
+def _solved(who: object, method: PSigmoid, tokens: int, spend: int, layers: int) -> tuple[Step, ...]:
     reach = _SATURATED / method.beta
     low, high = -reach, 1 + reach
     least = sum(_counts(method, tokens, layers, low))
     if least > spend:
-        raise out_of_reach(method, spend, least, tokens, layers)
+        raise out_of_reach(who, spend, least, tokens, layers)
     if sum(_counts(method, tokens, layers, high)) <= spend:
         return steps_of(_counts(method, tokens, layers, high))
     for _ in range(_HALVINGS):

@@ -27,7 +27,7 @@ class PyramidDrop(DecoderPruner):
     """Keep a shrinking share of the visual tokens, by the last instruction token's attention.
 
     Attributes:
-        at: Where stages begin, as shares of the depth; each goes to the nearest layer.
+        at: Where stages begin, as shares of the depth; each goes to the nearest layer that may drop.
         ratios: Share of all visual tokens that each stage keeps, such as ``(0.5, 0.25, 0.125)`` of the paper; the
             method then takes no budget. None: stage ``j`` keeps ``factor ** j``, for the factor that meets the budget.
     """
@@ -53,10 +53,14 @@ class PyramidDrop(DecoderPruner):
 
     def schedule(self, tokens: int, spend: int | None, layers: int) -> tuple[Step, ...]:
         """One step per stage."""
+        return self.schedule_behind(1, tokens, spend, layers)
+
+    def schedule_behind(self, first: int, tokens: int, spend: int | None, layers: int) -> tuple[Step, ...]:
+        """The same; stages that would begin before layer ``first`` begin there."""
         if self.ratios is not None:
-            return fixed_stages(self, self.at, self.ratios, tokens, layers)
+            return fixed_stages(self, self.at, self.ratios, tokens, layers, first)
         assert spend is not None
-        return solved_stages(self, stage_layers(self, self.at, layers), self.curve, tokens, spend, layers)
+        return solved_stages(self, stage_layers(self, self.at, layers, first), self.curve, tokens, spend, layers)
 
     def curve(self, factor: float) -> list[float]:
         """Share of all visual tokens per stage."""

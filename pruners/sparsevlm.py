@@ -58,7 +58,7 @@ class SparseVLM(DecoderPruner):
     Attributes:
         version: 1 recycles dropped tokens; 2 (SparseVLM+) corrects the attention instead, for 1-D rotary positions.
         positions: None takes the version's: ``"packed"`` for 1, ``"original"`` for 2.
-        at: Where stages begin, as shares of the depth; each goes to the nearest layer.
+        at: Where stages begin, as shares of the depth; each goes to the nearest layer that may drop.
         ratios: Share of all visual tokens that each stage keeps; the method then takes no budget. None: the released
             lists, joined and scaled to the budget; they need three stages.
     """
@@ -73,7 +73,7 @@ class SparseVLM(DecoderPruner):
 
     def __post_init__(self) -> None:
         """Check the version and the stages; fill in the version's positions."""
-        if isinstance(self.version, bool) or self.version not in _POSITIONS:
+        if isinstance(self.version, bool) or not isinstance(self.version, int) or self.version not in _POSITIONS:
             raise OptionError(f"version must be 1 or 2, got {self.version!r}")
         if self.positions is None:
             object.__setattr__(self, "positions", _POSITIONS[self.version])
@@ -98,10 +98,14 @@ class SparseVLM(DecoderPruner):
 
     def schedule(self, tokens: int, spend: int | None, layers: int) -> tuple[Step, ...]:
         """One step per stage."""
+        return self.schedule_behind(1, tokens, spend, layers)
+
+    def schedule_behind(self, first: int, tokens: int, spend: int | None, layers: int) -> tuple[Step, ...]:
+        """The same; stages that would begin before layer ``first`` begin there."""
         if self.ratios is not None:
-            return fixed_stages(self, self.at, self.ratios, tokens, layers)
+            return fixed_stages(self, self.at, self.ratios, tokens, layers, first)
         assert spend is not None
-        return solved_stages(self, stage_layers(self, self.at, layers), self.curve, tokens, spend, layers)
+        return solved_stages(self, stage_layers(self, self.at, layers, first), self.curve, tokens, spend, layers)
 
     def curve(self, parameter: float) -> list[float]:
         """Share of all visual tokens per stage, on the straight lines that join the lists from none (0) to all (1)."""

@@ -31,6 +31,7 @@ class VTW(DecoderPruner):
 
     paper = "arXiv 2405.05803"
     scores: ClassVar[Literal["previous", "own", "none"]] = "none"
+    layer_field: ClassVar[str | None] = "layer"
 
     def __post_init__(self) -> None:
         """Check the layer."""
@@ -47,14 +48,23 @@ class VTW(DecoderPruner):
 
     def schedule(self, tokens: int, spend: int | None, layers: int) -> tuple[Step, ...]:
         """One step to no tokens."""
+        return self._withdrawn(1, tokens, spend, layers)
+
+    def schedule_behind(self, first: int, tokens: int, spend: int | None, layers: int) -> tuple[Step, ...]:
+        """The same; a budget must pay for the first ``first`` layers."""
+        if self.layer is not None:
+            return super().schedule_behind(first, tokens, spend, layers)
+        return self._withdrawn(first, tokens, spend, layers)
+
+    def _withdrawn(self, first: int, tokens: int, spend: int | None, layers: int) -> tuple[Step, ...]:
         layer = self.layer
         if layer is None:
             assert spend is not None
             layer = spend // tokens
             if layer >= layers:
                 return ()
-            if layer < 1:
-                raise out_of_reach(self, spend, tokens, tokens, layers)
+            if layer < first:
+                raise out_of_reach(self, spend, first * tokens, tokens, layers)
         require_layer(self, layer, layers)
         return (Step(layer, 0),)
 

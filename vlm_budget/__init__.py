@@ -19,6 +19,7 @@ _EXPORTS = {
     "CalibrationError": "errors",
     "Front": "search.front",
     "ImageError": "errors",
+    "InfeasibleBudgetError": "errors",
     "JournalError": "errors",
     "Latency": "latency",
     "LatencyError": "errors",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from .errors import BudgetError as BudgetError
     from .errors import CalibrationError as CalibrationError
     from .errors import ImageError as ImageError
+    from .errors import InfeasibleBudgetError as InfeasibleBudgetError
     from .errors import JournalError as JournalError
     from .errors import LatencyError as LatencyError
     from .errors import LayoutError as LayoutError

@@ -1,9 +1,9 @@
 """What may be spent.
 
-``Budget.parse`` and ``Budget`` accept what users type: ``0.2`` and ``"20%"`` are ratios of the *unpruned visual tokens of a prompt*,
-``128`` and ``"128 tokens"`` are tokens per prompt (one batch row, all its images together). FLOPs, milliseconds and
-bytes are what one prompt may cost the language model: its pass over the prompt, or the cache that this leaves. They
-become tokens in a plan, with the prices of a :class:`~vlm_budget.cost.CostModel`.
+``Budget.parse`` and ``Budget`` accept what users type: ``0.2`` and ``"20%"`` are ratios of the *unpruned visual tokens
+of a prompt*, ``128`` and ``"128 tokens"`` are tokens per prompt (one batch row, all its images together). FLOPs,
+milliseconds and bytes are what one prompt may cost the language model: its pass over the prompt, or the cache that this
+leaves. They become tokens in a plan, with the prices of a :class:`~vlm_budget.cost.CostModel`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from numbers import Integral, Real
 from typing import Literal, get_args
 
-from .errors import BudgetError
+from .errors import BudgetError, InfeasibleBudgetError
 
 Unit = Literal["ratio", "tokens", "flops", "ms", "bytes"]
 
@@ -84,7 +84,7 @@ class Budget:
     def _check(self) -> None:
         """Refuse what is no amount of the unit, and amounts that no input could ever meet."""
         if isinstance(self.amount, bool) or not isinstance(self.amount, Real):
-            raise BudgetError(f"the amount of a budget is a number or text, got {self.amount!r}. Try one of {_EXAMPLES}.")
+            raise BudgetError(f"the amount of a budget is a number, got {self.amount!r}. Try one of {_EXAMPLES}.")
         if self.unit not in get_args(Unit):
             raise BudgetError(f"the unit of a budget is one of {', '.join(get_args(Unit))}, got {self.unit!r}")
         if self.relative != {"ratio": True, "tokens": False}.get(self.unit, self.relative):
@@ -173,14 +173,15 @@ class Budget:
         exact = Decimal(repr(self.amount)) * (int(total) if self.unit == "ratio" else 1)
         wanted = int(exact.to_integral_value(ROUND_HALF_UP))
         if wanted > total:
-            raise BudgetError(
-                f"budget '{self}' asks for {wanted} visual tokens but the prompt has only {total}. "
-                f"The nearest feasible budget is {count_of(total)} (or 1.0)."
+            raise InfeasibleBudgetError(
+                f"budget '{self}' asks for {wanted} visual tokens but the prompt has only {total}.",
+                [Budget(total, "tokens", relative=False), Budget(1.0)],
             )
         if wanted < items:
-            raise BudgetError(
+            raise InfeasibleBudgetError(
                 f"budget '{self}' leaves {wanted} of {total} visual tokens for {items} image(s) or video(s): less than "
-                f"one each. The nearest feasible budget is {count_of(items)} (or {items / total:.4g})."
+                "one each.",
+                [Budget(items, "tokens", relative=False), Budget(items / total)],
             )
         return wanted
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from .errors import OptionError
+from .errors import OptionError, PatchError
 from .pruner import Positions, Pruner, Selection
 
 if TYPE_CHECKING:
@@ -135,6 +135,14 @@ def most_attended(ctx: DecoderContext, rows: torch.Tensor, k: int) -> torch.Tens
     return received_from(ctx, rows).argsort(descending=True, stable=True)[:k]
 
 
+def too_early(who: object, layer: int, first: int, advice: str) -> PatchError:
+    """The error for a drop where visual features are still being added."""
+    return PatchError(
+        f"{who} drops tokens at the input of decoder layer {layer}, but this model adds visual features behind each of "
+        f"its first {first} layers, so that tokens can be dropped at layer {first} at the earliest. {advice}"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderPruner(Pruner):
     """Base of methods that drop inside the language model.
@@ -153,6 +161,8 @@ class DecoderPruner(Pruner):
     scores: ClassVar[Literal["previous", "own", "none"]] = "previous"
     """Whose queries and keys the method sees: of the layer before the step (free), of the step's own layer computed
     from its full input (one more projection of queries and keys), or of none."""
+    layer_field: ClassVar[str | None] = None
+    """The field that says by number at which layer the first drop is; None where the budget or the depth says so."""
 
     def __post_init__(self) -> None:
         """Check the common fields."""
@@ -183,6 +193,28 @@ class DecoderPruner(Pruner):
             BudgetError: The method cannot reach ``spend``; the message names the nearest share it can.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement schedule()")
+
+    def schedule_behind(self, first: int, tokens: int, spend: int | None, layers: int) -> tuple[Step, ...]:
+        """The :meth:`schedule` in a model that may drop at the input of layer ``first`` at the earliest.
+
+        Qwen3-VL adds visual features behind its first layers, which must see all tokens; other models have ``first=1``.
+        Methods that can start later than they would override this; the base refuses a numbered layer before ``first``.
+
+        Args:
+            first: First layer at whose input tokens may be dropped, at least 1 and below ``layers``.
+            tokens: As for :meth:`schedule`.
+            spend: Same.
+            layers: Same.
+
+        Raises:
+            BudgetError: The method cannot reach ``spend``.
+            PatchError: A field says to drop before ``first``; the message names it.
+        """
+        if self.layer_field is not None:
+            layer = getattr(self, self.layer_field)
+            if layer is not None and layer < first:
+                raise too_early(self, layer, first, f"Pass {self.layer_field}={first}, or more.")
+        return self.schedule(tokens, spend, layers)
 
     def pick(self, ctx: DecoderContext, k: int) -> torch.Tensor | Selection:  # type: ignore[override]
         """Choose ``k`` of the candidates.

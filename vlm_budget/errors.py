@@ -6,6 +6,9 @@ from the builtin that fits, so that ``except ValueError`` keeps working for call
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class VLMBudgetError(Exception):
     """Base of all errors raised by vlm-budget."""
@@ -13,6 +16,27 @@ class VLMBudgetError(Exception):
 
 class BudgetError(VLMBudgetError, ValueError):
     """A budget that cannot be parsed, or cannot be met by the input at hand."""
+
+
+class InfeasibleBudgetError(BudgetError):
+    """A budget that the input at hand cannot meet.
+
+    Attributes:
+        reason: Why, without the advice.
+        nearest: Budgets near it that can be met; any of them will do.
+    """
+
+    def __init__(self, reason: str, nearest: Sequence[Any] = ()) -> None:
+        self.reason, self.nearest = reason, tuple(nearest)
+        names = [_short(budget) for budget in self.nearest]
+        words = f"{names[0]} (or {names[1]})" if len(names) > 1 else f"'{self.nearest[0]}'" if names else ""
+        super().__init__(f"{reason} The nearest feasible budget is {words}." if names else reason)
+
+
+def _short(budget: Any) -> str:
+    """As a number where it is a share; ``1.0`` and not ``1``, which is one token."""
+    number = f"{budget.amount:.4g}"
+    return str(budget) if budget.unit != "ratio" else number if number != "1" else "1.0"
 
 
 class LatencyError(BudgetError):
@@ -72,7 +96,7 @@ class DataError(VLMBudgetError, ValueError):
 
 
 class RunError(VLMBudgetError, RuntimeError):
-    """An evaluation run that cannot be started, resumed or read: a folder in use, another configuration, a full disk."""
+    """An evaluation run that cannot be started, resumed or read: folder in use, another configuration, full disk."""
 
 
 class MissingExtraError(VLMBudgetError, ImportError):

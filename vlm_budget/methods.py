@@ -59,12 +59,18 @@ def _options_of_each(named: Sequence[MethodLike], options: Mapping[str, Any]) ->
             raise OptionError(f"{both} both have an option {name!r}; configure instances to say whose is meant")
         if not owners:
             every = sorted({each for mine in known for each in mine})
-            near = difflib.get_close_matches(name, every, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             who = " and ".join(repr(one) for one in named if isinstance(one, str))
-            raise UnknownNameError(f"{who} has no option {name!r}.{hint} Options: {', '.join(every)}.")
+            raise _no_option(who, name, value, every)
         given[owners[0]][name] = value
     return given
+
+
+def _no_option(who: str, name: str, value: Any, known: Sequence[str]) -> UnknownNameError:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    if name == "ratio":
+        hint = f" The share that stays is the budget: budget={value!r}."
+    return UnknownNameError(f"{who} has no option {name!r}.{hint} Options: {', '.join(known)}.")
 
 
 def _fields(name: str) -> list[str]:
@@ -85,10 +91,14 @@ def configured(name: Any, options: Mapping[str, Any]) -> Pruner:
     """A method by name, with its options; ``merge`` may be a name too.
 
     Raises:
-        UnknownNameError: No such method or merging stage.
+        UnknownNameError: No such method, option or merging stage.
         OptionError: An option's value is not usable.
     """
     _check_kind(name)
+    known = sorted(field.name for field in fields(PRUNERS.get(name)))
+    for option, value in options.items():
+        if option not in known:
+            raise _no_option(repr(name), option, value, known)
     merge = options.get("merge")
     if isinstance(merge, str):
         stage: Merge = MERGES.get(merge)()

@@ -24,7 +24,7 @@ from .planning import Methods
 from .pruner import Pruner
 from .recipe import Recipe
 from .registry import FAMILIES
-from .report import KeptItem, Report
+from .report import KeptItem, Report, titled_plan
 from .request import position_modes, read_request
 
 _HANDLE = "_vlm_budget_handle"
@@ -73,6 +73,13 @@ class PatchHandle:
         """The patch is in place."""
         return bool(self._undo)
 
+    def __repr__(self) -> str:
+        """Methods, budget, model and whether the patch is in place."""
+        spend = self.budget
+        at = f" with {titled_plan(spend)}" if isinstance(spend, Plan) else "" if spend is None else f" at {spend}"
+        state = "active" if self.active else "undone"
+        return f"<PatchHandle {self.methods}{at} on {type(self._outer).__name__}, {state}>"
+
     def __enter__(self) -> PatchHandle:
         return self
 
@@ -97,7 +104,7 @@ class PatchHandle:
         """What the model did with its last prompt.
 
         Raises:
-            PatchError: No prompt has run since the patch.
+            PatchError: No prompt has run since the patch, or none ran before it was undone.
         """
         account, boundary = self._account(), self._boundary
         spend = self.budget
@@ -114,6 +121,11 @@ class PatchHandle:
 
     def _account(self) -> Account:
         account: Account | None = self._boundary.account
+        if account is None and not self.active:
+            raise PatchError(
+                "nothing to report: this patch was undone, or replaced by a later one, before a prompt ran through it. "
+                "Ask the handle of the patch in force."
+            )
         if account is None:
             raise PatchError("nothing to report: no prompt has run through the patched model yet")
         return account
@@ -201,7 +213,7 @@ def patch(
         PatchError: The combination cannot work.
     """
     if is_vit(model):
-        handle_of_vit: Any = patch_vit(model, method, budget, **options)  # type: ignore[arg-type]
+        handle_of_vit: Any = patch_vit(model, method, budget, plan=plan, positions=positions, **options)  # type: ignore[arg-type]
         return handle_of_vit
     outer, base, family = find_family(model)
     request = read_request(base, family, method, budget, plan, options)

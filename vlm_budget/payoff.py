@@ -20,6 +20,8 @@ MIN_GAIN = 0.05
 """Below this share of the whole call, pruning is said not to pay."""
 MOST = 0.5
 """What takes more than this share of the call is named as its bottleneck."""
+MISSED = 0.1
+"""A prefill that takes more than this share over what the budget allows is said to miss it."""
 FEW = 0.2
 """Visual tokens with less than this share of the prefill's FLOPs are named as few."""
 
@@ -71,8 +73,9 @@ class Promise:
         unit: ``"flops"``, ``"ms"`` or ``"bytes"``.
         allowed: What the budget gives the prompt.
         planned: What its plan was predicted to take, at most that.
-        achieved: What it took: FLOPs of the counts that were kept, milliseconds and bytes as measured. None for
-            milliseconds of several prompts at once, and for bytes without a cache.
+        achieved: What it took. Bytes and milliseconds are measured, the latter without what choosing takes, which the
+            budget does not price. FLOPs are counted by the formula from the tokens that were kept, so that they equal
+            ``planned``. None for milliseconds of several prompts at once, and for bytes without a cache.
     """
 
     unit: Unit
@@ -83,6 +86,8 @@ class Promise:
     def __str__(self) -> str:
         """The three amounts."""
         took = "not measurable here" if self.achieved is None else f"took {in_words(self.achieved, self.unit)}"
+        if self.unit == "flops" and self.achieved is not None:
+            took = f"{in_words(self.achieved, self.unit)} by the tokens kept"
         return f"{in_words(self.allowed, self.unit)} allowed, {in_words(self.planned, self.unit)} planned, {took}"
 
 
@@ -210,12 +215,32 @@ def _promise(batch: Batch, budget: Budget | None, seen: Measured) -> Promise | N
 
 
 def warnings_for(batch: Batch, found: Forecast, seen: Measured) -> tuple[str, ...]:
-    """Why pruning is predicted not to pay; empty where it pays, or where nothing was dropped.
+    """Why pruning is predicted not to pay, or a promise was missed; empty where neither is so.
 
-    The rule: the predicted saving, overhead taken off, is below ``MIN_GAIN`` of the unpruned call. The first sentence
-    says so with the numbers, the others name every cause that applies.
+    Pruning does not pay where the predicted saving, overhead taken off, is below ``MIN_GAIN`` of the unpruned call. The
+    first sentence says so with the numbers, the others name every cause that applies. A promise in milliseconds is
+    missed where the prefill took over ``MISSED`` more than the budget allows.
     """
-    if batch.pruned == batch.unpruned or found.saved_share >= MIN_GAIN:
+    return (*_missed(found.promise), *_not_paying(batch, found, seen))
+
+
+def _missed(promise: Promise | None) -> tuple[str, ...]:
+    if promise is None or promise.unit != "ms" or promise.achieved is None:
+        return ()
+    over = promise.achieved / promise.allowed - 1
+    if over <= MISSED:
+        return ()
+    return (
+        f"missed budget: the prefill took {in_words(promise.achieved, 'ms')}, {over:.0%} more than the "
+        f"{in_words(promise.allowed, 'ms')} allowed. The machine was busy or still warming up, or is no longer what "
+        "was calibrated: run again, and if it stays, vlm_budget.calibrate(model) anew while nothing else runs",
+    )
+
+
+def _not_paying(batch: Batch, found: Forecast, seen: Measured) -> tuple[str, ...]:
+    if batch.pruned == batch.unpruned:
+        return (f"nothing is dropped: all {batch.plan.total} visual tokens stay, so that nothing is saved",)
+    if found.saved_share >= MIN_GAIN:
         return ()
     full_ms = found.prefill_ms_unpruned
     call = seen.encode_ms - seen.probe_ms + full_ms + seen.decode_ms

@@ -5,16 +5,20 @@ A plan is Budget x Layout: exact integers, frozen, JSON round trip, replayable w
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
 
-_VERSION = 2
-_READABLE = (1, 2)  # version 1 knew no steps inside the language model
+_VERSION = 3
+_READABLE = (1, 2, 3)  # version 1 knew no steps inside the language model, version 2 no checksum
+_CHECKED = 3
+_MODALITIES = ("image", "video")
 
 FIXED = "fields"
 """What stands as the budget of a method whose fields alone say the schedule."""
@@ -45,6 +49,8 @@ class ItemPlan:
         whole = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
         if not whole or self.row < 0 or not 1 <= self.keep <= self.total:
             raise PlanError(f"need row >= 0 and 1 <= keep <= total, got {self}")
+        if self.modality not in _MODALITIES:
+            raise PlanError(f"modality must be one of {_MODALITIES}, got {self.modality!r}")
         layers, counts = [layer for layer, _ in self.steps], [self.keep, *(count for _, count in self.steps), 0]
         if layers != sorted(set(layers)) or any(layer < 1 for layer in layers):
             raise PlanError(f"steps must name ascending layers from 1 on, got {self.steps}")
@@ -73,7 +79,10 @@ class Plan:
     rows: int
 
     def __post_init__(self) -> None:
-        """Check that every item stands in a row."""
+        """Check the types, and that every item stands in a row."""
+        for name, value in (("method", self.method), ("budget", self.budget)):
+            if not isinstance(value, str):
+                raise PlanError(f"{name} of a plan is text, got {value!r}")
         if not isinstance(self.rows, int) or isinstance(self.rows, bool) or self.rows < 0:
             raise PlanError(f"rows must be a number of batch rows, got {self.rows!r}")
         for item in self.items:
@@ -134,20 +143,29 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text that :meth:`from_json` reads back to an equal plan."""
-        return json.dumps({"version": _VERSION, **asdict(self)}, indent=1)
+        content = {"version": _VERSION, **asdict(self)}
+        return json.dumps({**content, "checksum": checksum(content)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Read a plan.
 
         Raises:
-            PlanError: Not a plan, or from a version this library does not know.
+            PlanError: Not a plan, from a version this library does not know, or edited after it was written.
         """
+        data = json_object(text)
+        if "version" not in data or "items" not in data:
+            raise PlanError("not a plan: it has no 'version' or no 'items'. handle.plan(...).save(path) writes one.")
+        version = data["version"]
+        if isinstance(version, bool) or version not in _READABLE:  # first: another may differ in everything else
+            raise PlanError(f"plan version {version!r} is not supported, expected one of {_READABLE}")
+        if version >= _CHECKED and data.pop("checksum", None) != checksum(data):
+            raise PlanError(
+                "the plan was edited or damaged: its content does not match its checksum. Change a plan with "
+                "dataclasses.replace(plan, …) and save it anew."
+            )
+        del data["version"]
         try:
-            data: dict[str, Any] = json.loads(text)
-            version = data.pop("version")
-            if version not in _READABLE:  # first: another version may differ in everything else
-                raise PlanError(f"plan version {version!r} is not supported, expected one of {_READABLE}")
             items = tuple(
                 ItemPlan(**{**item, "steps": tuple((layer, count) for layer, count in item.get("steps", ()))})
                 for item in data.pop("items")
@@ -155,8 +173,8 @@ class Plan:
             return cls(items=items, **data)
         except PlanError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise PlanError(f"not a plan: {error!r}") from error
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise PlanError(f"not a plan: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -169,8 +187,51 @@ class Plan:
         Raises:
             PlanError: The file cannot be read, or is not a plan.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"cannot read plan {str(path)!r}: {error}") from error
-        return cls.from_json(text)
+        text = read_text(path)
+        with in_file(path):
+            return cls.from_json(text)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The object that a file of this library holds.
+
+    Raises:
+        PlanError: No JSON, cut off, nested out of all measure, or no object.
+    """
+    try:
+        data = json.loads(text)
+        checksum(data)  # nested too deep to be written is too deep to be read
+    except ValueError as error:
+        raise PlanError(f"not a plan: truncated or no JSON ({error})") from error
+    except RecursionError as error:
+        raise PlanError("not a plan: its JSON is nested too deep") from error
+    if not isinstance(data, dict):
+        raise PlanError(f"not a plan: the file holds a JSON {type(data).__name__}, not an object")
+    return data
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 over what a file says, however it is laid out."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a plan's file.
+
+    Raises:
+        PlanError: It cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:  # ValueError: a NUL in the path
+        raise PlanError(f"cannot read plan {str(path)!r}: {error}") from error
+
+
+@contextmanager
+def in_file(path: str | Path) -> Iterator[None]:
+    """Name the file in the message of a :class:`PlanError`."""
+    try:
+        yield
+    except PlanError as error:
+        raise PlanError(f"plan {str(path)!r}: {error}") from error

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, Decimal
+from decimal import ROUND_CEILING, ROUND_HALF_UP, Decimal
 from typing import Protocol
 
 from .allocate import split
 from .budget import Budget, Unit, in_words
 from .decoder import DecoderPruner, Step
-from .errors import BudgetError
+from .errors import BudgetError, InfeasibleBudgetError, PatchError
 from .layout import VisualItem, VisualLayout
 from .plan import FIXED, ItemPlan, Plan
 from .pruner import Pruner
+from .schedules import nearest_share
 
 
 class Cost(Protocol):
@@ -62,11 +63,14 @@ class Facts:
         layers: Decoder layers.
         text: Text tokens per batch row.
         cost: The cost model, for budgets in FLOPs, milliseconds and bytes.
+        first: First decoder layer at whose input tokens may be dropped: 1, or where the model has added its last visual
+            features (Qwen3-VL).
     """
 
     layers: int
     text: Sequence[int]
     cost: Cost
+    first: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class _Prompt:
     methods: Methods
     items: Sequence[VisualItem]
     layers: int
+    first: int = 1
 
     @property
     def sizes(self) -> list[int]:
@@ -94,11 +99,24 @@ class _Prompt:
         if decoder is None:
             assert vision is not None
             return self._plans(vision.shares(budget, self.items), ())
-        spend = (vision or Pruner()).tokens(budget, self.items) * self.layers
-        if budget.unit == "ratio" and vision is None:
-            # Finer than whole tokens per layer, and rounded like them.
-            spend = budget.tokens(self.total * self.layers)
+        spend = self._spend_inside(budget) if vision is None else vision.tokens(budget, self.items) * self.layers
         return self.all_kept() if spend == self.total * self.layers else self.spending(spend)
+
+    def _spend_inside(self, budget: Budget) -> int:
+        """Visual tokens summed over the layers, where nothing is dropped before them."""
+        try:
+            tokens = budget.tokens(self.total, len(self.items))
+        except InfeasibleBudgetError as error:
+            if budget.unit == "tokens" and budget.amount > self.total:
+                raise
+            # What one token per item costs is no answer where the first layers see all of them.
+            least = max(_least(self, 1), len(self.items) * self.layers)
+            raise InfeasibleBudgetError(error.reason, [nearest_share(least, self.total * self.layers)]) from error
+        if budget.unit == "tokens":
+            return tokens * self.layers
+        # Finer than whole tokens per layer, and rounded like them.
+        exact = Decimal(repr(budget.amount)) * self.total * self.layers
+        return int(exact.to_integral_value(ROUND_HALF_UP))
 
     def spending(self, spend: int) -> list[ItemPlan]:
         """Plans with so many visual tokens summed over the decoder's layers."""
@@ -134,7 +152,16 @@ class _Prompt:
         assert decoder is not None
         if not decoder.fixed and spend is not None and spend >= tokens * self.layers:
             return ()
-        return decoder.schedule(tokens, None if decoder.fixed else spend, self.layers)
+        given = None if decoder.fixed else spend
+        if self.first <= 1:
+            return decoder.schedule(tokens, given, self.layers)
+        if self.first >= self.layers:
+            raise PatchError(
+                f"{decoder} cannot drop tokens in this model: it adds visual features behind each of its first "
+                f"{self.first} layers, and has {self.layers}. Drop before the language model, with a method such as "
+                "'hired'."
+            )
+        return decoder.schedule_behind(self.first, tokens, given, self.layers)
 
     def _shares(self, tokens: int) -> list[int]:
         assert self.methods.vision is not None
@@ -165,34 +192,71 @@ def make_plan(methods: Methods, budget: Budget | None, layout: VisualLayout, fac
         facts: Of the model and the prompts.
 
     Raises:
-        BudgetError: The budget cannot be met by some prompt; the message names the nearest one that can, by all of them
-            where it is in FLOPs, milliseconds or bytes.
+        BudgetError: The budget cannot be met by some prompt; the message names the nearest one that all of them can.
+        PatchError: The method inside would drop before ``facts.first``.
     """
+    plans, faults = _plan_rows(methods, budget, layout, facts)
+    if faults:
+        raise _for_all(faults, budget, lambda near: _plan_rows(methods, near, layout, facts)[1])
+    return Plan(str(methods), FIXED if budget is None else str(budget), tuple(plans), len(layout.rows))
+
+
+_Faults = list[InfeasibleBudgetError]
+
+
+def _plan_rows(
+    methods: Methods, budget: Budget | None, layout: VisualLayout, facts: Facts
+) -> tuple[list[ItemPlan], _Faults]:
     plans: list[ItemPlan] = []
-    faults: list[_OutOfReach] = []
+    faults: _Faults = []
     for row, (items, text) in enumerate(zip(layout.rows, facts.text, strict=True)):
         if not items:
             continue
         try:
-            found = _row_plan(_Prompt(methods, items, facts.layers), budget, text, facts.cost)
-        except _OutOfReach as fault:
+            found = _row_plan(_Prompt(methods, items, facts.layers, facts.first), budget, text, facts.cost)
+        except InfeasibleBudgetError as fault:
             faults.append(fault)
             continue
         plans += [ItemPlan(row, plan.modality, plan.total, plan.keep, plan.steps) for plan in found]
-    if faults:
-        raise max(faults, key=lambda fault: fault.nearest.amount).as_budget_error()
-    return Plan(str(methods), FIXED if budget is None else str(budget), tuple(plans), len(layout.rows))
+    return plans, faults
 
 
-class _OutOfReach(Exception):
-    """A prompt that costs more than the budget even with the fewest tokens."""
+def _for_all(faults: _Faults, budget: Budget | None, faults_of: Callable[[Budget], _Faults]) -> InfeasibleBudgetError:
+    """The error of the worst prompt, naming budgets that all prompts can meet, the others too."""
+    nearest = _worst(faults, budget)
+    fault = next(f for f in faults if not nearest or nearest[0] in f.nearest)
+    met = (_met_by_all(near, faults_of) for near in nearest)
+    return InfeasibleBudgetError(fault.reason, [near for near in met if near is not None])
 
-    def __init__(self, message: str, nearest: Budget) -> None:
-        super().__init__(message)
-        self.nearest = nearest
 
-    def as_budget_error(self) -> BudgetError:
-        return BudgetError(f"{self} The nearest feasible budget is '{self.nearest}'.")
+def _worst(faults: _Faults, budget: Budget | None) -> list[Budget]:
+    """Per unit that every fault names a budget in, the one that suits the most demanding prompt."""
+    known = [{near.unit: near for near in fault.nearest} for fault in faults]
+    too_many = budget is not None and all(near.amount < budget.amount for fault in faults for near in fault.nearest)
+    worst = min if too_many else max
+    return [worst((of[unit] for of in known), key=_amount) for unit in known[0] if all(unit in of for of in known)]
+
+
+def _met_by_all(near: Budget, faults_of: Callable[[Budget], _Faults]) -> Budget | None:
+    for _ in range(_TRIES):
+        try:
+            again = faults_of(near)
+        except BudgetError:  # of a method that names no budget
+            return None
+        if not again:
+            return near
+        named = [other for other in _worst(again, near) if other.unit == near.unit]
+        if not named:
+            return None
+        near = named[0]
+    return None
+
+
+_TRIES = 8  # a share that the worst prompt can meet is met by all at the first or second
+
+
+def _amount(budget: Budget) -> float:
+    return budget.amount
 
 
 def _row_plan(prompt: _Prompt, budget: Budget | None, text: int, cost: Cost) -> list[ItemPlan]:
@@ -227,11 +291,11 @@ def _row_plan(prompt: _Prompt, budget: Budget | None, text: int, cost: Cost) -> 
     cheapest = price(least)
     if cheapest <= allowed:  # a schedule that gets cheaper somewhere as it gets longer
         return least
-    raise _OutOfReach(
+    raise InfeasibleBudgetError(
         f"budget '{budget}' allows {in_words(allowed, unit)}, but the prompt costs at least "
         f"{in_words(cheapest, unit)} with {prompt.methods} ({text} text tokens and as few visual tokens as it can "
         f"keep), of {in_words(full, unit)} unpruned.",
-        _nearest(cheapest, full, budget),
+        [_nearest(cheapest, full, budget)],
     )
 
 

@@ -7,7 +7,6 @@ checksum tells an edited or damaged file from the one that was written.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .budget import Budget
 from .errors import BudgetError, PlanError, PlanMismatchWarning
-from .plan import Plan
+from .plan import Plan, checksum, in_file, json_object, read_text
 
 if TYPE_CHECKING:
     from .pruner import Pruner
@@ -192,7 +191,7 @@ class Recipe:
     def to_json(self) -> str:
         """JSON text that :meth:`from_json` reads back to an equal recipe."""
         content = self._content()
-        return json.dumps({**content, "checksum": _checksum(content)}, indent=1)
+        return json.dumps({**content, "checksum": checksum(content)}, indent=1)
 
     def _content(self) -> dict[str, Any]:
         own = asdict(self)
@@ -208,14 +207,14 @@ class Recipe:
         Raises:
             PlanError: Not a recipe, of an unknown version, truncated, or edited after it was written.
         """
-        data = _object(text)
+        data = json_object(text)
         if data.get("kind") != KIND:
             raise PlanError(f"not a recipe: 'kind' is {data.get('kind')!r}. A plan for one batch is read by Plan.load.")
         if data.get("version") != _VERSION:  # first: another version may differ in everything else
             raise PlanError(f"recipe version {data.get('version')!r} is not supported, expected {_VERSION}")
         if "checksum" not in data:
             raise PlanError("the recipe has no checksum: it was edited or cut off. Write recipes with Recipe.save.")
-        if data.pop("checksum") != _checksum(data):
+        if data.pop("checksum") != checksum(data):
             raise PlanError(
                 "the recipe was edited or damaged: its content does not match its checksum. Change a recipe with "
                 "dataclasses.replace(recipe, …) and save it anew."
@@ -227,7 +226,7 @@ class Recipe:
             judged = data.pop("calibration")
             rest = {own.name: data[own.name] for own in fields(cls) if own.name in ("budget", "cost", "library")}
             return cls(spec, model=facts, calibration=None if judged is None else CalibrationFacts(**judged), **rest)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, PlanError):
                 raise
             raise PlanError(f"not a recipe: {error!r}") from error
@@ -243,7 +242,9 @@ class Recipe:
         Raises:
             PlanError: The file cannot be read, or is no intact recipe.
         """
-        return cls.from_json(_text(path))
+        text = read_text(path)
+        with in_file(path):
+            return cls.from_json(text)
 
 
 def read_plan(path: str | Path) -> Plan | Recipe:
@@ -252,30 +253,9 @@ def read_plan(path: str | Path) -> Plan | Recipe:
     Raises:
         PlanError: The file cannot be read, or is neither.
     """
-    text = _text(path)
-    return Recipe.from_json(text) if "kind" in _object(text) else Plan.from_json(text)
-
-
-def _text(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"cannot read plan {str(path)!r}: {error}") from error
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise PlanError(f"not a plan: truncated or no JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise PlanError(f"not a plan: a JSON {type(data).__name__}, not an object")
-    return data
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    text = read_text(path)
+    with in_file(path):
+        return Recipe.from_json(text) if "kind" in json_object(text) else Plan.from_json(text)
 
 
 def _config_hash(config: Any) -> str:
@@ -286,7 +266,7 @@ def _config_hash(config: Any) -> str:
     for name in ("text_config", "vision_config"):
         part = parts.get(name, {})
         structure[name] = {key: part[key] for key in _PART if part.get(key) is not None}
-    return _checksum(structure)
+    return checksum(structure)
 
 
 def spec_of(method: Pruner) -> tuple[str, dict[str, Any]]:

@@ -53,7 +53,7 @@ class Report:
         kv_bytes_unpruned: What the unpruned prompt would hold.
         forecast: FLOPs, the predicted saving, and what a budget in real units promised; None for a text-only prompt and
             for a further turn on a filled cache.
-        warnings: Why pruning is predicted not to pay; empty where it does.
+        warnings: Why pruning is predicted not to pay, or that a budget in milliseconds was missed; empty otherwise.
     """
 
     method: str
@@ -109,6 +109,8 @@ class Report:
 
     @property
     def _title(self) -> str:
+        if self.plan.items and self.plan.method != self.method:
+            return f"{self.method} with {titled_plan(self.plan)}"
         return f"{self.method}, a fixed schedule" if self.budget == FIXED else f"{self.method} at {self.budget}"
 
     def _rows(self) -> list[tuple[str, str]]:
@@ -146,6 +148,11 @@ class Report:
     def __str__(self) -> str:
         """The rows as plain text."""
         return "\n".join([self._title, *(f"  {name}: {value}" for name, value in self._rows())])
+
+
+def titled_plan(plan: Plan) -> str:
+    """Whose counts a plan holds: a plan may be replayed with another method than it was made for."""
+    return f"the counts of {plan.method}" + ("" if plan.budget == FIXED else f" at {plan.budget}")
 
 
 def _inside(item: ItemPlan) -> str:

@@ -11,13 +11,14 @@ from torch import nn
 
 from .budget import Budget
 from .defaults import default_for
-from .errors import BudgetError, PatchError, PlanError
+from .errors import BudgetError, PatchError, PlanError, UnknownNameError
 from .families.base import Family
 from .methods import MethodLike, configured, resolve_methods
 from .plan import Plan
 from .planning import Methods
 from .pruner import Positions
 from .recipe import Recipe, read_plan
+from .registry import PRUNERS
 
 MethodArgument = MethodLike | Sequence[MethodLike]
 
@@ -56,6 +57,7 @@ def read_request(
         PlanError: A plan that cannot be read, is damaged, or was made for another model.
         PatchError: Methods that do not go together.
     """
+    _check_place(method)
     if isinstance(plan, str | Path):
         plan = read_plan(plan)
     if isinstance(plan, Recipe):
@@ -76,6 +78,28 @@ def read_request(
     if plan is not None:
         return Request(methods, plan)
     return Request(methods, _spend(methods, budget), reason=reason)
+
+
+def _check_place(method: Any) -> None:
+    """Say where a budget or a plan belongs that was passed as the method.
+
+    Raises:
+        UnknownNameError: It was.
+    """
+    meant = ""
+    if isinstance(method, Plan | Recipe | Path) or (isinstance(method, str) and method.endswith(".json")):
+        meant = "plan"
+    elif not isinstance(method, str | bool) or (isinstance(method, str) and method not in PRUNERS):
+        try:
+            Budget.parse(method)
+            meant = "budget"
+        except BudgetError:
+            return
+    if meant:
+        shown = f"plan=<{type(method).__name__}>" if isinstance(method, Plan | Recipe) else f"{meant}={method!r}"
+        raise UnknownNameError(
+            f"method must be a name or a Pruner, got {type(method).__name__} {method!s:.80}. Did you mean {shown}?"
+        )
 
 
 def _from_recipe(base: nn.Module, method: Any, budget: Any, recipe: Recipe, options: Mapping[str, Any]) -> Request:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from numbers import Real
 
+from .budget import Budget
 from .decoder import Step
-from .errors import BudgetError, OptionError
+from .errors import InfeasibleBudgetError, OptionError
 
 
 def require_layer(who: object, layer: int, layers: int) -> None:
@@ -28,7 +29,12 @@ def require_layer(who: object, layer: int, layers: int) -> None:
         )
 
 
-def out_of_reach(who: object, spend: int, least: int, tokens: int, layers: int) -> BudgetError:
+def nearest_share(least: int, full: int) -> Budget:
+    """The share of ``full`` that pays for ``least``, rounded up to a hundredth of a percent, so that it can be met."""
+    return Budget.parse(f"{min(math.ceil(least / full * 1e4 - 1e-6) / 100, 100):g}%")
+
+
+def out_of_reach(who: object, spend: int, least: int, tokens: int, layers: int) -> InfeasibleBudgetError:
     """The error for a budget below what a method must spend.
 
     Args:
@@ -38,12 +44,10 @@ def out_of_reach(who: object, spend: int, least: int, tokens: int, layers: int) 
         tokens: Visual tokens that enter the language model.
         layers: Decoder layers.
     """
-    full = tokens * layers
-    # Rounded up, so that the share named is one that can be met.
-    nearest = math.ceil(least / full * 1e4 - 1e-6) / 100
-    return BudgetError(
+    return InfeasibleBudgetError(
         f"{who} cannot keep to {spend / layers:.4g} of {tokens} visual tokens, mean over {layers} decoder layers: its "
-        f"first layers see all of them. The nearest feasible budget is '{nearest:g}%'."
+        "first layers see all of them.",
+        [nearest_share(least, tokens * layers)],
     )
 
 
@@ -64,8 +68,8 @@ def one_drop(who: object, layer: int, tokens: int, spend: int, layers: int) -> t
     return (Step(layer, keep),)
 
 
-def stage_layers(who: object, at: Sequence[float], layers: int) -> tuple[tuple[int, int], ...]:
-    """Which stage begins at which layer: depths ``at`` in (0, 1) to the nearest layer from 1 on.
+def stage_layers(who: object, at: Sequence[float], layers: int, first: int = 1) -> tuple[tuple[int, int], ...]:
+    """Which stage begins at which layer: depths ``at`` in (0, 1) to the nearest layer from ``first`` on.
 
     In a shallow model several stages may meet at one layer; the last of them, which keeps the least, counts.
 
@@ -75,20 +79,20 @@ def stage_layers(who: object, at: Sequence[float], layers: int) -> tuple[tuple[i
     Raises:
         OptionError: The model has a single layer, in front of which nothing can be dropped.
     """
-    require_layer(who, 1, layers)
-    nearest = (min(max(math.floor(depth * layers + 0.5), 1), layers - 1) for depth in at)
+    require_layer(who, first, layers)
+    nearest = (min(max(math.floor(depth * layers + 0.5), first), layers - 1) for depth in at)
     return tuple({layer: stage for stage, layer in enumerate(nearest)}.items())
 
 
 def fixed_stages(
-    who: object, at: Sequence[float], ratios: Sequence[float], tokens: int, layers: int
+    who: object, at: Sequence[float], ratios: Sequence[float], tokens: int, layers: int, first: int = 1
 ) -> tuple[Step, ...]:
     """Stages that keep given shares of all tokens, at least one token each.
 
     Raises:
         OptionError: See :func:`stage_layers`.
     """
-    stages = stage_layers(who, at, layers)
+    stages = stage_layers(who, at, layers, first)
     return _changing([Step(layer, max(1, round(tokens * ratios[stage]))) for layer, stage in stages], tokens)
 
 

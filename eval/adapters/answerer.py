@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,11 +24,6 @@ from vlm_budget.methods import resolve_methods
 from vlm_budget.models import find_family, layout_of
 from vlm_budget.patching import patch
 from vlm_budget.pruner import Pruner
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from vlm_budget.eval.sample import Clip
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _Item = TypeVar("_Item")
@@ -107,8 +102,9 @@ class Answerer:
         methods = None if setting.method == UNPATCHED else setting.acting()
         loaded = load(setting.model, _device(setting.device), setting.dtype, lambda step: None)
         self.model, self.processor = loaded.model, loaded.processor
+        self._base: Any
         _, self._base, self._family = find_family(self.model)
-        self._layers = int(self._base.config.get_text_config().num_hidden_layers)
+        self._layers = int(self.model.config.get_text_config().num_hidden_layers)
         self.videos = "video" in self._family.encoders and getattr(self.processor, "video_processor", None) is not None
         self._facts = loaded.facts()
         # Options named without a method are handed on, so that patch says what is wrong with them.
@@ -140,7 +136,12 @@ class Answerer:
         }
 
     def answer(
-        self, turns: Sequence[Turn], decoding: Decoding, batch_size: int = 1, done: Callable[[int], None] | None = None
+        self,
+        turns: Sequence[Turn],
+        decoding: Decoding,
+        batch_size: int = 1,
+        done: Callable[[int], object] | None = None,
+        frames: int | None = None,
     ) -> list[str]:
         """Answers in the order of the questions, which are asked longest first.
 
@@ -149,6 +150,7 @@ class Answerer:
             decoding: How to write.
             batch_size: Most questions at a time; halved where memory runs out.
             done: Told how many more were answered.
+            frames: Frames of a video; None for the setting's.
 
         Raises:
             ImageError, DataError: A picture or video cannot be read.
@@ -157,7 +159,7 @@ class Answerer:
         found: dict[int, str] = {}
         for kind, numbers in self._batches(turns, batch_size):
             own = [turns[number] for number in numbers]
-            found |= dict(zip(numbers, _halving(own, partial(self._write, kind, decoding)), strict=True))
+            found |= dict(zip(numbers, _halving(own, partial(self._write, kind, decoding, frames)), strict=True))
             if done is not None:
                 done(len(numbers))
         return [found[number] for number in range(len(turns))]
@@ -167,7 +169,7 @@ class Answerer:
         turns: Sequence[Turn],
         answers: Sequence[str],
         batch_size: int = 1,
-        done: Callable[[int], None] | None = None,
+        done: Callable[[int], object] | None = None,
     ) -> list[tuple[float, bool]]:
         """How unlikely given answers are.
 
@@ -203,13 +205,14 @@ class Answerer:
             for first in range(0, len(mine), size):
                 yield kind, mine[first : first + size]
 
-    def _frames(self, clip: Clip) -> list[Image.Image]:
-        return read_frames(clip, self.setting.frames)
+    def _prompts(self, turns: Sequence[Turn], kind: str, frames: int | None = None) -> Prompts:
+        count = self.setting.frames if frames is None else frames
+        return Prompts.of(self.processor, turns, kind, lambda clip: read_frames(clip, count))
 
     @torch.inference_mode()
-    def _write(self, kind: str, decoding: Decoding, turns: Sequence[Turn]) -> list[str]:
+    def _write(self, kind: str, decoding: Decoding, frames: int | None, turns: Sequence[Turn]) -> list[str]:
         tokenizer = self.processor.tokenizer
-        inputs = Prompts.of(self.processor, turns, kind, self._frames).inputs(self.processor, self.model)
+        inputs = self._prompts(turns, kind, frames).inputs(self.processor, self.model)
         start = inputs["input_ids"].shape[1]
         options: dict[str, Any] = {"do_sample": False, "num_beams": 1, **dict(decoding.sampling)}
         if decoding.until:
@@ -220,7 +223,7 @@ class Answerer:
 
     @torch.inference_mode()
     def _judge(self, kind: str, pairs: Sequence[tuple[Turn, str]]) -> list[tuple[float, bool]]:
-        prompts = Prompts.of(self.processor, [turn for turn, _ in pairs], kind, self._frames)
+        prompts = self._prompts([turn for turn, _ in pairs], kind)
         forced = [self._tokens(text, answer) for text, (_, answer) in zip(prompts.texts, pairs, strict=True)]
         inputs = prompts.inputs(self.processor, self.model)
         force = Force(forced, inputs["input_ids"].shape[1], filler(self.processor.tokenizer))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
@@ -139,10 +140,11 @@ class VLMBudget(lmms):  # type: ignore[misc]
                     found |= dict(zip(window, answers, strict=True))
         return [found[number] for number in range(len(requests))]
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """Per request the mean negative log-likelihood per token, and whether greedy decoding would write it.
 
-        lmms-eval takes the choice with the least value, as its own models return losses here.
+        lmms-eval takes the choice with the least value, as its own models return losses here. The pairs are wrapped:
+        lmms-eval 0.7.3 turns bare ones into text, on which its multiple-choice tasks then fail.
 
         Raises:
             TaskError: A request has no question (mutual information), or an answer without tokens.
@@ -156,7 +158,7 @@ class VLMBudget(lmms):  # type: ignore[misc]
                 turns = [self._turn(one) for one in arguments]
                 answers = [self._target(one) for one in arguments]
                 found += self.answerer.losses(turns, answers, self.batch_size, count)
-        return found
+        return [GenerationResult(_Pair(pair)) for pair in found]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> NoReturn:
         """Not supported.
@@ -234,6 +236,14 @@ class VLMBudget(lmms):  # type: ignore[misc]
         gathered: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(gathered, dict(meter.sums))
         return meter.merge(gathered)
+
+
+class _Pair(tuple[float, bool]):
+    """A loss that lmms-eval's response cache leaves alone: it would give text back instead."""
+
+    def strip(self) -> str:
+        """Nothing to keep."""
+        return ""
 
 
 def _batch_size(wanted: int | str, most: int | None) -> int:

@@ -83,6 +83,11 @@ def inside_tables(measured: dict[str, Any]) -> str:
         + "\n",
         "A dash: with four layers this method cannot get down to the budget.\n",
     ]
+    if any(row.get("configured") == "GSearch()" for row in rows):
+        parts.append(
+            "`gsearch` stands here with its default schedule, which nobody searched: the curve of `psigmoid`, whose "
+            "row it therefore repeats. What a search finds for a model is another schedule; see [search](search.md).\n"
+        )
     return "\n".join(parts)
 
 

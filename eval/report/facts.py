@@ -72,6 +72,11 @@ def progress(summary: Summary) -> Progress:
     return Progress(len(found), expected, sum(one.error is not None for one in found))
 
 
+def model_name(summary: Summary) -> str:
+    """What the run calls its model."""
+    return str(_mapping(summary.run.manifest, "model").get("name") or "a model")
+
+
 def facts(summary: Summary, times: bool) -> list[tuple[str, str]]:
     """What was run, as names and values; without dates where times are left out."""
     manifest = summary.run.manifest
@@ -93,12 +98,19 @@ def facts(summary: Summary, times: bool) -> list[tuple[str, str]]:
         size = f"{samples[task.name]} samples" if task.name in samples else ""
         text = [f"version {task.version}", size, str(data.get(task.name) or "")]
         found.append((f"task {task.name}", ", ".join(filter(None, [task.title, *text]))))
-    methods: dict[str, list[str]] = {}
-    for cell in summary.cells:
-        methods.setdefault(cell.methods, []).append("" if cell.unpatched else words.budget(cell))
-    listed = (f"{name} ({', '.join(spent)})" if any(spent) else name for name, spent in methods.items())
-    found.append(("methods", "; ".join(listed)))
+    found.append(("methods", _methods(summary.cells)))
     return [(name, words.clean(value, 1500)) for name, value in found if value not in (None, "")]
+
+
+def _methods(cells: Sequence[Cell]) -> str:
+    """Methods by the budgets they were given."""
+    spent: dict[str, list[str]] = {}
+    for cell in cells:
+        spent.setdefault(cell.methods, []).extend([] if cell.unpatched else [words.budget(cell)])
+    alike: dict[str, list[str]] = {}
+    for name, budgets in spent.items():
+        alike.setdefault(", ".join(budgets), []).append(name)
+    return "; ".join(", ".join(names) + (f" at {budgets}" if budgets else "") for budgets, names in alike.items())
 
 
 def footguns(summary: Summary, times: bool) -> list[Footgun]:
@@ -110,8 +122,8 @@ def footguns(summary: Summary, times: bool) -> list[Footgun]:
         Footgun(
             "Overlapping intervals are no finding",
             "Two methods whose intervals overlap have not been told apart, and two whose standard errors do not "
-            "overlap may differ by chance where many are compared. Use the paired differences; of the many pairs here, one in "
-            "twenty leaves its 95 % interval by chance alone.",
+            "overlap may differ by chance where many are compared. Use the paired differences; of the many pairs "
+            "here, one in twenty leaves its 95 % interval by chance alone.",
             grave=False,
         )
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from vlm_budget.eval.markdown import table as rows_of
 from vlm_budget.eval.report import facts, tables
 from vlm_budget.eval.report.regressions import Regression
-from vlm_budget.eval.report.tables import BADGES, Line, Table
+from vlm_budget.eval.report.tables import BADGES, LONGEST, Line, Table
 from vlm_budget.eval.report.words import clean, escape_markdown
 from vlm_budget.eval.summary import Summary
 
@@ -21,7 +21,7 @@ def markdown_text(summary: Summary, regressions: Sequence[Regression], times: bo
 
 def _parts(summary: Summary, regressions: Sequence[Regression], times: bool) -> Iterator[str]:
     known = facts.facts(summary, times)
-    yield f"# Evaluation of {escape_markdown(dict(known).get('model', 'a model'))}"
+    yield f"# Evaluation of {escape_markdown(clean(facts.model_name(summary), 200))}"
     yield "## What was run"
     yield rows_of(("", ""), [(escape_markdown(name), escape_markdown(value)) for name, value in known], left=2)
     yield "## Beware"
@@ -62,7 +62,7 @@ def _table(one: Table) -> str:
 
 
 def _line(line: Line) -> str:
-    text = escape_markdown(line.text)
+    text = escape_markdown(clean(line.text, LONGEST))
     return f"**{text}**" if text and (line.tone == "best" or line.tone in BADGES) else text
 
 

@@ -10,7 +10,7 @@ from importlib.resources import files
 
 from vlm_budget.eval.report import facts, plots, tables
 from vlm_budget.eval.report.regressions import Regression
-from vlm_budget.eval.report.tables import BADGES, Line, Table
+from vlm_budget.eval.report.tables import BADGES, LONGEST, Line, Table
 from vlm_budget.eval.report.words import Html, clean, element
 from vlm_budget.eval.summary import Summary
 
@@ -21,7 +21,7 @@ _LONGEST, _OPEN = 1500, 6
 def html_text(summary: Summary, regressions: Sequence[Regression], times: bool) -> str:
     """The page."""
     known = facts.facts(summary, times)
-    name = dict(known).get("model", "a model")
+    name = facts.model_name(summary)
     sections: list[tuple[str, str, Callable[[], Iterator[Html]]]] = [
         ("run", "What was run", lambda: _facts(known)),
         ("beware", "Beware", lambda: _footguns(summary, times)),
@@ -110,8 +110,8 @@ def _footguns(summary: Summary, times: bool) -> Iterator[Html]:
 def _headline(summary: Summary) -> Iterator[Html]:
     yield element(
         "p",
-        "A method loses to random, beats it, or is like random as its 95 % interval against random tokens at the same "
-        "budget lies below nothing, above, or around it.",
+        "A method beats random tokens at the same budget where the 95 % interval of their paired difference lies above "
+        "zero, loses to them where it lies below, and is not told apart where it holds zero.",
     )
     yield _table(tables.headline(summary))
 
@@ -172,7 +172,12 @@ def _table(one: Table) -> Html:
         ]
         rows.append(element("tr", *cells, class_="new" if first != before else None))
         before = first
-    body = element("table", element("thead", element("tr", *header)), element("tbody", *rows), class_="stacked" if one.stacked else None)
+    body = element(
+        "table",
+        element("thead", element("tr", *header)),
+        element("tbody", *rows),
+        class_="stacked" if one.stacked else None,
+    )
     box = element("div", body, class_="box", tabindex=0, role="region", aria_label=one.caption)
     return element("figure", element("figcaption", one.caption, dir="auto"), box)
 
@@ -185,7 +190,7 @@ def _lines(cell: Sequence[Line], bound: float) -> list[Html]:
     found = []
     for line in cell:
         kind = f"badge {line.tone}" if line.tone in BADGES else f"line {line.tone}"
-        found.append(element("span", clean(line.text, 300), class_=kind))
+        found.append(element("span", clean(line.text, LONGEST), class_=kind))
         if line.interval is not None:
             found.append(plots.whisker(line.interval, bound))
     return found
@@ -195,7 +200,10 @@ def _regressions(found: Sequence[Regression]) -> Iterator[Html]:
     if not found:
         yield element("p", "No sample that the unpatched model answered right was answered wrong.")
         return
-    yield element("p", "The unpatched model was right, the method was not. Pictures show what it kept.")
+    text = "The unpatched model was right, the method was not."
+    text += " Pictures show what it kept." if any(one.picture for one in found) else ""
+    text += " The run kept neither questions nor pictures." if all(one.prompt is None for one in found) else ""
+    yield element("p", text)
     yield element("div", *map(_regression, found), class_="regressions")
 
 

@@ -26,6 +26,7 @@ COST_TITLES = {
     "kv_bytes": "KV cache of the prompt",
     "prefill_ms": "prefill with choosing",
 }
+LONGEST = 300  # characters of a line
 _RIVALS = 3
 
 
@@ -92,7 +93,7 @@ def against_random(result: Result) -> Line | None:
         return None
     if found.high < 0:
         return Line("loses to random", "loses")
-    return Line("beats random", "beats") if found.low > 0 else Line("like random", "even")
+    return Line("beats random", "beats") if found.low > 0 else Line("not told apart", "even")
 
 
 def headline(summary: Summary) -> Table:
@@ -155,17 +156,16 @@ def task_table(summary: Summary, task: Task, times: bool) -> Table:
 def equal_cost(summary: Summary, task: Task, cost: str, shares: Sequence[float] = (0.2, 0.4, 0.6)) -> Table | None:
     """Methods where they cost the same; None where no method reaches any of the shares."""
     found = summary.at_equal_cost(task.name, cost, shares)
-    best = [
-        max((row[i] for row in found.rows.values() if row[i] is not None), default=None) for i in range(len(shares))
-    ]
+    columns = zip(*found.rows.values(), strict=True)
+    best = [max((value for value in column if value is not None), default=None) for column in columns]
     if all(value is None for value in best):
         return None
     rows = []
     for methods, values in found.rows.items():
-        tones = (
-            "best" if value is not None and value == top else "plain" for value, top in zip(values, best, strict=True)
+        marked = (value is not None and value == top for value, top in zip(values, best, strict=True))
+        cells = (
+            (Line(words.number(value), "best" if top else "plain"),) for value, top in zip(values, marked, strict=True)
         )
-        cells = [(Line(words.number(value), tone),) for value, tone in zip(values, tones, strict=True)]
         rows.append([plain(methods), *cells])
     header = ["method", *(f"at {words.percent(share)}" for share in found.shares)]
     return Table(f"{task.name}: {task.metric} at equal {COSTS[cost]}, share of unpatched", header, rows)
@@ -224,8 +224,8 @@ def _compare(first: dict[str, Answer], second: dict[str, Answer], metric: str) -
     both = [name for name in first if name in second]
     if not both:
         return None
-    values = ([side[name].scores[metric] for name in both] for side in (first, second))
-    return paired_bootstrap(*values, [first[name].cluster for name in both])
+    left, right = ([side[name].scores[metric] for name in both] for side in (first, second))
+    return paired_bootstrap(left, right, [first[name].cluster for name in both])
 
 
 def _chance(p: float) -> str:

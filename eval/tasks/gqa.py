@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from vlm_budget.errors import DataError
@@ -17,6 +18,7 @@ _FILE = "testdev_balanced_questions.json"
 
 def load(source: Source, task: Task) -> Iterator[Sample | Broken]:
     """The balanced test-dev questions, in the file's order."""
+    pictures: dict[str, Picture] = {}
 
     def build(record: Record, shown: Picture) -> Sample:
         prompt = task.ask(question=text(record, "question"))
@@ -26,7 +28,7 @@ def load(source: Source, task: Task) -> Iterator[Sample | Broken]:
     def row(record: Record, number: int) -> Sample:
         image = identifier(record, "imageId")
         if image not in pictures:
-            raise DataError(f"the dataset of pictures has no {image!r}")
+            raise DataError(f"the dataset of pictures has none for {image[:80]!r}")
         return build(record, pictures[image])
 
     def entry(record: Record, number: int) -> Sample:
@@ -36,10 +38,12 @@ def load(source: Source, task: Task) -> Iterator[Sample | Broken]:
         # The mirror has questions and pictures in two configurations of one dataset.
         hub, split = task.data["hub"], task.data["split"]
         name, _, configuration = (source.hub or hub).partition(",")
-        questions = replace(source, hub=f"{name},{configuration or hub.partition(',')[2]}")
-        photographs = replace(source, hub=questions.hub.removesuffix("_instructions") + "_images")
-        pictures = {str(one["id"]): picture(one, str(one["id"])) for one in photographs.rows(None, split)}
-        yield from samples(questions.rows(None, split), row, "row")
+        questions = f"{name},{configuration or hub.partition(',')[2]}"
+        photographs = f"{questions.removesuffix('_instructions')}_images"
+        for one in replace(source, hub=photographs).rows(None, split):
+            with suppress(DataError):  # its questions say so
+                pictures[identifier(one, "id")] = picture(one, identifier(one, "id"))
+        yield from samples(replace(source, hub=questions).rows(None, split), row, "row")
         return
     found = read_json(source.find(_FILE, f"*/{_FILE}"))
     if not isinstance(found, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from vlm_budget.eval.choices import LETTERS, accuracy_by, lettered
 from vlm_budget.eval.sample import Broken, Sample
 from vlm_budget.eval.source import Source
 from vlm_budget.eval.task import Scores, Task
-from vlm_budget.eval.tasks.video import find_video, media_root, read_rows, samples, text, texts
+from vlm_budget.eval.tasks.records import samples
+from vlm_budget.eval.tasks.video import find_video, media_root, read_rows, text, texts
 
 _FILES = ("lvb_val.json", "validation-00000-of-00001.parquet", "data/validation-*.parquet")
 
@@ -21,10 +23,7 @@ def load(source: Source, task: Task) -> Iterator[Sample | Broken]:
     rows = read_rows(source.find(*_FILES)) if source.root is not None else source.rows(task.data["hub"], "validation")
     root = media_root(source, "the videos")
 
-    def make(number: int, row: Mapping[str, Any]) -> Sample:
-        return _sample(row, root, task)
-
-    yield from samples(rows, make)
+    yield from samples(rows, partial(_sample, root=root, task=task))
 
 
 def summary(rows: Sequence[tuple[Scores, Mapping[str, Any]]]) -> Scores:
@@ -32,7 +31,7 @@ def summary(rows: Sequence[tuple[Scores, Mapping[str, Any]]]) -> Scores:
     return accuracy_by(rows, "duration_group", "question_category")
 
 
-def _sample(row: Mapping[str, Any], root: Path, task: Task) -> Sample:
+def _sample(row: Mapping[str, Any], number: int, root: Path, task: Task) -> Sample:
     if row.get("candidates") is not None:
         options = texts(row, "candidates", least=2)
     else:  # the hub's columns: five, filled up with "N/A"

@@ -10,14 +10,15 @@ from vlm_budget.eval.latex import boxed, same_answer
 from vlm_budget.eval.sample import Broken, Sample
 from vlm_budget.eval.source import Source
 from vlm_budget.eval.task import Scores, Task
-from vlm_budget.eval.tasks.video import read_rows, samples, text
+from vlm_budget.eval.tasks.records import samples
+from vlm_budget.eval.tasks.video import read_rows, text
 
 
 def load(source: Source, task: Task) -> Iterator[Sample | Broken]:
     """The problems, in the order of the file."""
     rows = read_rows(source.find("test.jsonl")) if source.root is not None else source.rows(task.data["hub"], "test")
 
-    def make(number: int, row: Mapping[str, Any]) -> Sample:
+    def make(row: Mapping[str, Any], number: int) -> Sample:
         return Sample(
             id=text(row, "unique_id"),
             prompt=task.ask(problem=text(row, "problem")),

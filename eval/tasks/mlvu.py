@@ -13,7 +13,8 @@ from vlm_budget.eval.choices import LETTERS, accuracy_by, lettered, plain
 from vlm_budget.eval.sample import Broken, Sample
 from vlm_budget.eval.source import Source
 from vlm_budget.eval.task import Scores, Task
-from vlm_budget.eval.tasks.video import find_video, media_root, read_rows, samples, text, texts
+from vlm_budget.eval.tasks.records import samples
+from vlm_budget.eval.tasks.video import find_video, media_root, read_rows, text, texts
 
 KINDS = ("1_plotQA", "2_needle", "3_ego", "4_count", "5_order", "6_anomaly_reco", "7_topic_reasoning")
 
@@ -36,7 +37,7 @@ def summary(rows: Sequence[tuple[Scores, Mapping[str, Any]]]) -> Scores:
     return {"m_avg": sum(kinds.values()) / len(kinds), **kinds} if kinds else {}
 
 
-def _sample(number: int, row: Mapping[str, Any], kind: str, root: Path, task: Task) -> Sample:
+def _sample(row: Mapping[str, Any], number: int, kind: str, root: Path, task: Task) -> Sample:
     options = texts(row, "candidates", least=2)
     answer = text(row, "answer")
     if options.count(answer) != 1:
@@ -53,7 +54,7 @@ def _sample(number: int, row: Mapping[str, Any], kind: str, root: Path, task: Ta
     )
 
 
-def _hub_sample(number: int, row: Mapping[str, Any], root: Path, task: Task) -> Sample:
+def _hub_sample(row: Mapping[str, Any], number: int, root: Path, task: Task) -> Sample:
     """A row of the hub's copy, whose options may stand in the question and whose answer may be a letter."""
     question = text(row, "question")
     if row.get("candidates") is not None:

@@ -41,7 +41,7 @@ def load(source: Source, task: Task) -> Iterator[Sample | Broken]:
         raise DataError(
             f"{str(source.folder)!r} has no folder {', '.join(PERCEPTION + COGNITION)}: is it MME's layout?"
         )
-    records = [record for category in _categories(roots[0]) for record in _records(roots[0], category)]
+    records = [record for category in _categories(roots[0]) for record in _records(roots[0] / category)]
     yield from samples(records, build)
 
 
@@ -78,15 +78,15 @@ def _categories(root: Path) -> list[str]:
     return [one for one in PERCEPTION + COGNITION if (root / one).is_dir()]
 
 
-def _records(root: Path, category: str) -> Iterator[Record | Broken]:
+def _records(folder: Path) -> Iterator[Record | Broken]:
     """Records of a category, shaped as the hub's; its pictures may lie beside the questions or in ``images/``."""
-    folder = root / category
+    category = folder.name
     split = (folder / "questions_answers_YN").is_dir()
     texts, pictures = (folder / "questions_answers_YN", folder / "images") if split else (folder, folder)
     for file in sorted(texts.glob("*.txt")):
         where = f"{category}/{file.name}"
         try:
-            lines = inside(root, str(file.relative_to(root))).read_text(encoding="utf-8-sig").splitlines()
+            lines = inside(texts, file.name).read_text(encoding="utf-8-sig").splitlines()
             found = next((file.stem + end for end in _ENDINGS if (pictures / (file.stem + end)).exists()), None)
             if found is None:
                 raise DataError(f"there is no picture {file.stem} in {pictures.name}/")

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from vlm_budget.errors import DataError
-from vlm_budget.eval.sample import Broken, Picture, Sample, inside
+from vlm_budget.eval.sample import Broken, Picture, Sample
 from vlm_budget.eval.source import require
 
 Record = Mapping[str, Any]
@@ -136,10 +136,12 @@ def fingerprint(shown: Picture) -> str:
 def first_folder(root: Path, *names: str) -> Path:
     """The first of some folders below a dataset's own that is there.
 
+    It may be a link to elsewhere, as one to COCO's photographs often is: no record chose it.
+
     Raises:
         DataError: None is.
     """
     for name in names:
         if (root / name).is_dir():
-            return inside(root, name)
+            return root / name
     raise DataError(f"{str(root)!r} has no folder {' or '.join(names)}: is it the dataset's own layout?")

@@ -16,7 +16,8 @@ from vlm_budget.eval.frames import pictures_in, spread
 from vlm_budget.eval.sample import Broken, Picture, Sample, inside
 from vlm_budget.eval.source import Source
 from vlm_budget.eval.task import Scores, Task
-from vlm_budget.eval.tasks.video import media_root, read_rows, samples, text, texts
+from vlm_budget.eval.tasks.records import samples
+from vlm_budget.eval.tasks.video import media_root, read_rows, text, texts
 
 _FILES = ("ScanQA_v1.0_val.json", "qa/ScanQA_v1.0_val.json", "data/qa/ScanQA_v1.0_val.json")
 # Pictures of a scene, as ScanNet's extracted frames are commonly laid out.
@@ -27,10 +28,12 @@ _VIEWS = (
     "posed_images/{}",
     "scans/{}/color",
 )
+# fmt: off
 _NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+)
+# fmt: on
 # How the authors' evaluation sorts questions: the first that occurs.
 _KINDS = (
     ("Where", "place"),
@@ -64,13 +67,12 @@ def load(source: Source, task: Task) -> Iterator[Sample | Broken]:
     root = media_root(source, "the pictures of the scenes")
     tops = sorted({form.partition("/")[0] for form in _VIEWS})
     if not any((root / top).is_dir() for top in tops):
-        raise DataError(
-            f"{str(root)!r} holds no pictures of scenes: expected one of {', '.join(_VIEWS)}".format("SCENE")
-        )
-    cider = Cider.of(answers for row in rows if not isinstance(row, Broken) and (answers := _answers(row)))
+        places = ", ".join(form.format("<scene_id>") for form in _VIEWS)
+        raise DataError(f"{str(root)!r} holds no pictures of scenes: expected one of {places}")
+    cider = Cider.of(answers for row in rows if (answers := _answers(row)))
     views = lru_cache(maxsize=None)(_views)
 
-    def make(number: int, row: Mapping[str, Any]) -> Sample:
+    def make(row: Mapping[str, Any], number: int) -> Sample:
         scene, question = text(row, "scene_id"), text(row, "question")
         paths = views(root, scene)
         return SceneSample(
@@ -135,17 +137,17 @@ def _in_words(found: re.Match[str]) -> str:
     return _NUMBERS[value] if value < len(_NUMBERS) and not found[0].startswith("0") or found[0] == "0" else found[0]
 
 
-def _answers(row: Mapping[str, Any]) -> list[str]:
+def _answers(row: object) -> list[str]:
     try:
-        return texts(row, "answers")
+        return texts(row, "answers") if isinstance(row, Mapping) else []
     except DataError:
         return []
 
 
 def _views(root: Path, scene: str) -> list[str]:
     """A scene's pictures, as paths below the data folder, in the order they were taken."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", scene):
-        raise DataError(f"scene_id must be a plain name such as 'scene0000_00', got {scene!r}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", scene):
+        raise DataError(f"scene_id must be a plain name such as 'scene0000_00', got {scene[:80]!r}")
     base = root.resolve()
     for form in _VIEWS:
         folder = inside(root, form.format(scene))
@@ -156,4 +158,5 @@ def _views(root: Path, scene: str) -> list[str]:
                 raise DataError(str(error)) from error
             if found:
                 return [str(path.relative_to(base)) for path in found]
-    raise DataError(f"there are no pictures of scene {scene!r} in any of {', '.join(_VIEWS)}".replace("{}", scene))
+    places = ", ".join(form.format(scene) for form in _VIEWS)
+    raise DataError(f"there are no pictures of scene {scene!r} in any of {places}")

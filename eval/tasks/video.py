@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_budget.errors import DataError, MissingExtraError
 from vlm_budget.eval.choices import LETTERS, score_choice
-from vlm_budget.eval.sample import Broken, Clip, Sample, inside
+from vlm_budget.eval.sample import Clip, Sample, inside
 from vlm_budget.eval.source import Source, read_lines, read_list
 from vlm_budget.eval.task import Scores
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".MP4", ".avi", ".mov")
-Rows = list[Mapping[str, Any] | Broken]
 
 
-def read_rows(path: Path) -> Rows:
-    """Records of a parquet file, a JSON list, or JSON lines.
+def read_rows(path: Path) -> list[Any]:
+    """Records of a parquet file, a JSON list, or JSON lines; lines that are none come as ``Broken``.
 
     Raises:
         DataError: The file is missing or damaged.
@@ -27,8 +26,7 @@ def read_rows(path: Path) -> Rows:
     if suffix == ".jsonl":
         return list(read_lines(path))
     if suffix != ".parquet":
-        rows = enumerate(read_list(path))
-        return [row if isinstance(row, dict) else _no_record(f"{path.name} record {n}", row) for n, row in rows]
+        return read_list(path)
     try:
         import datasets
     except ImportError as error:
@@ -62,36 +60,18 @@ def find_video(root: Path, folders: Sequence[str], name: str) -> Clip:
     Where there is none, a clip that says so when it is read.
 
     Raises:
-        DataError: The name leads out of the data folder.
+        DataError: The name leads out of the data folder, or cannot be a file's.
     """
     wanted = [name] if Path(name).suffix in VIDEOS else [f"{name}{suffix}" for suffix in VIDEOS]
     places = [f"{folder}/{one}" if folder else one for folder in folders for one in wanted]
     # Removed videos are replaced by a folder of frames.
     stems = [place[: -len(Path(place).suffix)] for place in places]
     paths = [inside(root, place) for place in (*places, *dict.fromkeys(stems))]
-    found = next((path for path in paths if path.exists()), paths[0])
+    try:
+        found = next((path for path in paths if path.exists()), paths[0])
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise DataError(f"cannot look for video {name[:80]!r}: {error.strerror}") from error
     return Clip(f"{folders[0]}/{wanted[0]}" if found == paths[0] else str(found.relative_to(root.resolve())), found)
-
-
-def samples(
-    rows: Iterable[Mapping[str, Any] | Broken], make: Callable[[int, Mapping[str, Any]], Sample], where: str = "record"
-) -> Iterator[Sample | Broken]:
-    """Samples of records; those that are none, and those whose id was there before, as :class:`Broken`."""
-    seen = set()
-    for number, row in enumerate(rows):
-        if isinstance(row, Broken):
-            yield row
-            continue
-        try:
-            sample = make(number, row)
-        except DataError as error:
-            yield Broken(f"{where} {number}", str(error))
-            continue
-        if sample.id in seen:
-            yield Broken(f"{where} {number}", f"id {sample.id!r} was there before")
-            continue
-        seen.add(sample.id)
-        yield sample
 
 
 def text(record: Mapping[str, Any], name: str, default: str | None = None) -> str:
@@ -122,7 +102,3 @@ def texts(record: Mapping[str, Any], name: str, least: int = 1) -> list[str]:
 def score(answer: str, sample: Sample) -> Scores:
     """Whether the right letter was chosen, and whether any could be read."""
     return score_choice(answer, sample.facts["options"], sample.answers[0])
-
-
-def _no_record(place: str, row: object) -> Broken:
-    return Broken(place, f"no record: a {type(row).__name__}, not an object")

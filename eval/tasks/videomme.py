@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from vlm_budget.eval.choices import LETTERS, accuracy_by, lettered, plain
 from vlm_budget.eval.sample import Broken, Sample
 from vlm_budget.eval.source import Source
 from vlm_budget.eval.task import Scores, Task
-from vlm_budget.eval.tasks.video import find_video, media_root, read_rows, samples, text, texts
+from vlm_budget.eval.tasks.records import samples
+from vlm_budget.eval.tasks.video import find_video, media_root, read_rows, text, texts
 
 _FILES = (
     "test-00000-of-00001.parquet",
@@ -30,10 +32,7 @@ def load(source: Source, task: Task) -> Iterator[Sample | Broken]:
     rows = read_rows(source.find(*_FILES)) if source.root is not None else source.rows(task.data["hub"], "test")
     root = media_root(source, "the videos")
 
-    def make(number: int, row: Mapping[str, Any]) -> Sample:
-        return _sample(row, root, task)
-
-    yield from samples(rows, make)
+    yield from samples(rows, partial(_sample, root=root, task=task))
 
 
 def summary(rows: Sequence[tuple[Scores, Mapping[str, Any]]]) -> Scores:
@@ -41,7 +40,7 @@ def summary(rows: Sequence[tuple[Scores, Mapping[str, Any]]]) -> Scores:
     return accuracy_by(rows, "duration", "domain", "task_type")
 
 
-def _sample(row: Mapping[str, Any], root: Path, task: Task) -> Sample:
+def _sample(row: Mapping[str, Any], number: int, root: Path, task: Task) -> Sample:
     options = plain(texts(row, "options", least=2))
     answer = text(row, "answer").strip("().").upper()
     if answer not in list(LETTERS[: len(options)]):

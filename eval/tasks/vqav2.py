@@ -37,7 +37,7 @@ def load(source: Source, task: Task) -> Iterator[Sample | Broken]:
             raise DataError(f"'image_id' must be a number, got {image[:80]!r}")
         if name not in annotations:
             raise DataError(f"{_ANNOTATIONS} has no question {name}")
-        shown = Picture.inside(folder, f"COCO_val2014_{int(image):012}.jpg")
+        shown = Picture.inside(folder, f"COCO_val2014_{image.zfill(12)}.jpg")
         return build({**annotations[name], **record}, image, shown)
 
     if source.root is None:

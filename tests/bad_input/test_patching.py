@@ -94,6 +94,27 @@ def test_an_unknown_method_suggests(llava: Tiny, name: str, near: str) -> None:
         assert known in message
 
 
+@pytest.mark.parametrize("method", [0.2, 128, "20%", "128 tokens", "80 ms", "0.2"])
+def test_a_budget_in_the_place_of_the_method(llava: Tiny, method: Any) -> None:
+    refused(llava, lambda: vlm_budget.patch(llava.model, method), UnknownNameError, f"Did you mean budget={method!r}?")
+
+
+@pytest.mark.parametrize("method", ["plan.json", "runs/plan.json", Path("plan.json"), Path("plan")])
+def test_a_plans_path_in_the_place_of_the_method(llava: Tiny, method: Any) -> None:
+    refused(llava, lambda: vlm_budget.patch(llava.model, method), UnknownNameError, f"Did you mean plan={method!r}?")
+
+
+def test_a_plan_in_the_place_of_the_method(llava: Tiny) -> None:
+    patch: Any = vlm_budget.patch
+    refused(llava, lambda: patch(llava.model, PLAN), UnknownNameError, "Did you mean plan=<Plan>?")
+
+
+@pytest.mark.parametrize("method", ["hired", "sparsevlm", ["hired", "sparsevlm"]])
+def test_a_ratio_is_a_budget_here(llava: Tiny, method: Any) -> None:
+    patch = lambda: vlm_budget.patch(llava.model, method, ratio=0.2)  # noqa: E731
+    refused(llava, patch, UnknownNameError, "no option 'ratio'", "The share that stays is the budget: budget=0.2.")
+
+
 def test_a_method_without_any_likeness(llava: Tiny) -> None:
     message = refused(llava, lambda: vlm_budget.patch(llava.model, "xyzzy", 0.2), UnknownNameError, "Available: ")
     assert "Did you mean" not in message
@@ -147,13 +168,13 @@ def test_a_plan_without_its_method(llava: Tiny) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [None, "", "{", "[]", '{"kind": "recipe", "version": 1}', '{"version": 1, "items": [1]}']
+    "text", [None, "", "{", "{}", "[]", '{"kind": "recipe", "version": 1}', '{"version": 1, "items": [1]}']
 )
 def test_a_plan_file_that_is_none(llava: Tiny, tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "plan.json"
     if text is not None:
         path.write_text(text)
-    refused(llava, lambda: vlm_budget.patch(llava.model, plan=str(path)), PlanError)
+    refused(llava, lambda: vlm_budget.patch(llava.model, plan=str(path)), PlanError, str(path))
 
 
 def test_an_unknown_option_suggests(llava: Tiny) -> None:
@@ -317,3 +338,50 @@ def test_a_refused_patch_leaves_an_earlier_one_in_place(llava: Tiny) -> None:
         with torch.no_grad():
             llava.model(**llava.clone())
         assert handle.report().kept_tokens == handle.report().visual_tokens // 2
+
+
+# --- handles ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_handle_says_what_it_is(llava: Tiny) -> None:
+    name = type(llava.model).__name__
+    handle = vlm_budget.patch(llava.model, ["hired", "fastv"], "50% flops", alpha=0.3)
+    assert repr(handle) == f"<PatchHandle HiRED(alpha=0.3) + FastV() at 50% flops on {name}, active>"
+    handle.undo()
+    assert repr(handle).endswith(", undone>")
+    with vlm_budget.patch(llava.model, "fastv", r=0.5) as handle:
+        assert repr(handle) == f"<PatchHandle FastV(r=0.5) on {name}, active>"
+    with vlm_budget.patch(llava.model, "random", plan=PLAN) as handle:
+        assert repr(handle) == f"<PatchHandle Random() with the counts of Uniform() at 25% on {name}, active>"
+
+
+def test_a_replaced_handle_says_so_when_asked_for_a_report(llava: Tiny) -> None:
+    first = vlm_budget.patch(llava.model, "hired", 0.2)
+    with vlm_budget.patch(llava.model, "uniform", 0.2) as second, torch.no_grad():
+        with pytest.raises(PatchError, match="no prompt has run"):
+            second.report()
+        llava.model(**llava.clone())
+        with pytest.raises(PatchError, match="was undone, or replaced by a later one, before a prompt ran"):
+            first.report()
+        assert second.report().method == "Uniform()"
+        assert second.kept()
+    assert second.report().method == "Uniform()"  # what ran before the undoing is told behind it
+
+
+def test_a_plan_replayed_with_another_method_is_told_in_the_report(llava: Tiny) -> None:
+    with vlm_budget.patch(llava.model, "hired", 0.5) as handle:
+        plan = handle.plan(**llava.clone())
+    with vlm_budget.patch(llava.model, "uniform", plan=plan) as handle, torch.no_grad():
+        llava.model(**llava.clone())
+        assert str(handle.report()).splitlines()[0] == "Uniform() with the counts of HiRED() at 50%"
+
+
+@pytest.mark.parametrize("method", ["fastv", "vtw", "psigmoid", "gsearch", "sparsevlm"])
+@pytest.mark.parametrize("budget", [0.01, "1 token", "1% flops", "1% kv"])
+def test_the_budget_named_for_a_batch_runs(llava: Tiny, method: str, budget: Any) -> None:
+    with vlm_budget.patch(llava.model, method, budget) as handle, pytest.raises(BudgetError) as caught:
+        handle.plan(**llava.clone())
+    named = str(caught.value).split("nearest feasible budget is '")[1].split("'")[0]
+    assert "PSigmoid" not in str(caught.value) or method == "psigmoid"
+    with vlm_budget.patch(llava.model, method, named) as handle, torch.no_grad():
+        llava.model(**llava.clone())

@@ -1,27 +1,57 @@
 """``list`` and ``explain``: what the registries and the docstrings say."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlm_budget.cli.describe import attribute_docs, describe
-from vlm_budget.cli.explain import needs_of, reflow
-from vlm_budget.errors import UnknownNameError
-from vlm_budget.registry import FAMILIES, PRUNERS
+import tiny_models
+import vlm_budget
+from vlm_budget.cli.describe import ACTS, _is_a, attribute_docs, describe
+from vlm_budget.cli.explain import example, families_of, needs_of, reflow
+from vlm_budget.errors import PatchError, UnknownNameError
+from vlm_budget.eval import nano
+from vlm_budget.eval.nano.data import test_set as posters
+from vlm_budget.prompts import build_inputs
+from vlm_budget.registry import FAMILIES, MERGES, PRUNERS, VIT_METHODS
 
 Cli = Callable[..., Any]
+INSIDE = [name for name in PRUNERS if PRUNERS.get(name).stage == "decoder"]
 
 
-def test_every_method_is_listed_with_its_summary(cli: Cli) -> None:
+def test_every_method_is_listed_with_its_summary_and_where_it_acts(cli: Cli) -> None:
     listed = json.loads(cli("list", "methods", "--json").stdout)["methods"]
-    assert [row["name"] for row in listed] == PRUNERS.names()
+    by_place = {kind: [row["name"] for row in listed if row["acts"] == kind] for kind in ACTS}
+    assert by_place == {
+        "vision": [name for name in PRUNERS if name not in INSIDE],
+        "decoder": INSIDE,
+        "merge": MERGES.names(),
+        "vit": VIT_METHODS.names(),
+    }
     for row in listed:
-        cls = PRUNERS.get(row["name"])
+        registry = {"merge": MERGES, "vit": VIT_METHODS}.get(row["acts"], PRUNERS)
+        cls = registry.get(row["name"])
         assert row["summary"] == (cls.__doc__ or "").splitlines()[0]
-        assert row["paper"] == cls.paper
+        assert row["paper"] == getattr(cls, "paper", "arXiv 2506.05709")
+
+
+def test_a_method_derived_from_another_acts_where_that_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "some_methods.py").write_text(
+        "from vlm_budget.pruners.fastv import FastV as Base\n"
+        "from vlm_budget.pruner import Pruner\n"
+        "class Mine(Base): ...\n"
+        "class Deeper(Mine): ...\n"
+        "class Other(Pruner): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {cls: _is_a("some_methods", cls, "DecoderPruner") for cls in ("Mine", "Deeper", "Other")}
+    assert found == {"Mine": True, "Deeper": True, "Other": False}
 
 
 def test_every_family_is_listed_with_its_model(cli: Cli) -> None:
@@ -45,12 +75,64 @@ def test_only_methods_and_families_can_be_listed(cli: Cli) -> None:
 def test_every_method_is_explained(cli: Cli, method: str) -> None:
     facts = json.loads(cli("explain", method, "--json").stdout)
     cls = PRUNERS.get(method)
-    assert {row["name"] for row in facts["fields"]} == {field.name for field in fields(cls)}
+    refused = {"newline", "merge"} if method in INSIDE else {"merge"} if cls.merges else set()
+    taken = {field.name for field in fields(cls)} - refused
+    assert {row["name"] for row in facts["fields"]} == taken
     assert all(row["meaning"] for row in facts["fields"]), "a field without a line under Attributes"
-    assert facts["families"] == FAMILIES.names()
-    assert facts["needs"] and facts["about"]
+    assert facts["acts"] == cls.stage
+    assert facts["needs"] and facts["about"] and facts["also"] == []
     text = cli("explain", method).stdout
-    assert all(field.name in text for field in fields(cls))
+    assert all(name in text for name in taken)
+    assert facts["try"] in text
+
+
+@pytest.mark.parametrize("method", ["vtw", "fastv", "pyramiddrop"])
+def test_methods_inside_need_no_vision_tower(cli: Cli, method: str) -> None:
+    (need,) = json.loads(cli("explain", method, "--json").stdout)["needs"]
+    words = {"vtw": "no attention scores", "fastv": "layer before each drop", "pyramiddrop": "layer at each drop"}
+    assert words[method] in need
+    assert "vision tower" not in need and "places and features" not in need
+
+
+def test_the_families_of_a_method_inside_are_those_that_take_one() -> None:
+    took = set()
+    for setup in tiny_models.SETUPS:
+        tiny = tiny_models.build(setup)
+        try:
+            with vlm_budget.patch(tiny.model, "vtw", 0.5):
+                took.add(tiny.family)
+        except PatchError as error:
+            assert "sliding_attention" in str(error)
+    assert set(families_of("decoder")) == took != set(FAMILIES)
+    assert families_of("vision") == families_of("merge") == FAMILIES.names()
+
+
+def test_every_example_is_one_that_the_demo_can_run() -> None:
+    model, processor = nano.load("nano-robust")
+    sample = posters(23)[22]
+    inputs = build_inputs(processor, [sample.questions[0].prompt], [[sample.image]], model)
+    for method in PRUNERS:
+        words = shlex.split(example(method, PRUNERS.get(method).stage))
+        assert words[:4] == ["vlm-budget", "demo", "--method", method]
+        with vlm_budget.patch(
+            model, method, dict(zip(words[4::2], words[5::2], strict=True)).get("--budget", "20%")
+        ) as it:
+            assert it.plan(**inputs).items
+
+
+def test_merging_stages_and_methods_of_vision_transformers_are_explained(cli: Cli) -> None:
+    facts = json.loads(cli("explain", "tome", "--json").stdout)
+    assert (facts["class"], facts["acts"], facts["families"]) == ("ToMe", "vit", [])
+    assert {row["name"] for row in facts["fields"]} == {"r", "proportional"}
+    shown = cli("explain", "tome").stdout
+    assert ACTS["vit"] in shown and "vlm_budget.patch(vit, 'tome', ratio=0.5)" in shown
+    both = json.loads(cli("explain", "token_transforming", "--json").stdout)
+    assert [both["acts"], *(other["acts"] for other in both["also"])] == ["merge", "vit"]
+    assert both["try"] == "vlm-budget demo --option merge=token_transforming"
+    shown = cli("explain", "token_transforming").stdout
+    assert ACTS["merge"] in shown and ACTS["vit"] in shown
+    result = cli("explain", "tomme")
+    assert result.exit_code == 1 and "Did you mean 'tome'" in result.stderr
 
 
 def test_the_methods_own_fields_come_first(cli: Cli) -> None:
@@ -64,6 +146,7 @@ def test_types_are_shown_as_one_writes_values(cli: Cli) -> None:
     assert types["content"] == "mass | count"
     assert types["final_layer"] == "int | none"
     assert types["positions"] == "packed | original"
+    assert types["merge"] == "token_transforming | none"
 
 
 def test_needs_name_the_layer_and_the_stand_in() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,17 @@ import torch
 import transformers
 from PIL import Image
 
-from vlm_budget import patch
+from vlm_budget import PatchHandle, patch
 from vlm_budget.budget import Budget
 from vlm_budget.cli.compare import Setting, compare
 from vlm_budget.cli.loading import Loaded, load
-from vlm_budget.cli.options import build_pruner
+from vlm_budget.cli.options import build_methods
 from vlm_budget.cli.progress import TokenClock
+from vlm_budget.models import find_family
 from vlm_budget.prompts import build_inputs, prompt_text
+from vlm_budget.recipe import ModelFacts, Recipe
+from vlm_budget.registry import PRUNERS
+from vlm_budget.report import Report
 
 Cli = Callable[..., Any]
 
@@ -25,6 +30,7 @@ QUESTION = "what color is digit 7"
 SIDE = {
     "answer": str,
     "visual_tokens": int,
+    "mean_tokens": float,
     "new_tokens": int,
     "first_token_ms": float,
     "encode_ms": float,
@@ -60,7 +66,7 @@ def facts(cli: Cli, tiny_model: Path, poster: Path) -> dict[str, Any]:
 
 def test_json_is_one_object_with_the_documented_fields(facts: dict[str, Any], poster: Path) -> None:
     assert set(facts) == {
-        *("command", "model", "method", "budget", "prompt", "images", "repeats", "full", "pruned", "ratio"),
+        *("command", "model", "method", "budget", "plan", "prompt", "images", "repeats", "full", "pruned", "ratio"),
         *("positions", "text_only", "promise", "warnings", "kept", "kept_picture"),
     }
     assert facts["model"]["class"] == "LlavaNextForConditionalGeneration"
@@ -167,7 +173,7 @@ def test_both_columns_are_what_the_library_gives(loaded: Loaded, poster: Path) -
             ids = loaded.model.generate(**inputs, max_new_tokens=4, do_sample=False)
         return loaded.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    setting = Setting(build_pruner("hired", []), Budget.parse("10%"), "original", 4, 2)
+    setting = Setting(build_methods("hired", []), Budget.parse("10%"), "original", 4, 2)
     found = compare(loaded, inputs, setting, Silent())  # type: ignore[arg-type]
     assert found.full.answer == answer()
     with patch(loaded.model, "hired", 0.1, positions="original") as handle:
@@ -179,7 +185,7 @@ def test_both_columns_are_what_the_library_gives(loaded: Loaded, poster: Path) -
 def test_the_model_is_unpatched_afterwards(loaded: Loaded, poster: Path) -> None:
     hooks = sum(len(module._forward_pre_hooks) for module in loaded.model.modules())
     inputs = build_inputs(loaded.processor, [QUESTION], [[Image.open(poster)]], loaded.model)
-    compare(loaded, inputs, Setting(build_pruner("random", []), Budget.parse(9), None, 1, 1), Silent())  # type: ignore[arg-type]
+    compare(loaded, inputs, Setting(build_methods("random", []), Budget.parse(9), None, 1, 1), Silent())  # type: ignore[arg-type]
     assert sum(len(module._forward_pre_hooks) for module in loaded.model.modules()) == hooks == 0
 
 
@@ -200,10 +206,129 @@ def test_times_are_medians_over_the_repeats(loaded: Loaded, poster: Path, monkey
 
     monkeypatch.setattr("vlm_budget.cli.compare.TokenClock", FakeClock)
     inputs = build_inputs(loaded.processor, [QUESTION], [[Image.open(poster)]], loaded.model)
-    setting = Setting(build_pruner("random", []), Budget.parse(9), None, 1, 3)
+    setting = Setting(build_methods("random", []), Budget.parse(9), None, 1, 3)
     found = compare(loaded, inputs, setting, Silent())  # type: ignore[arg-type]
     assert (found.full.first_token_ms, found.pruned.first_token_ms) == (3.0, 3.0)
     assert next(times, None) is None, "fewer runs than were announced to the progress bar"
+
+
+def test_warnings_and_promise_are_of_the_repeat_in_the_middle(
+    loaded: Loaded, poster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter([(10.0, "one"), (5.0, "two"), (99.0, "three")])
+    honest = PatchHandle.report
+
+    def report(handle: PatchHandle) -> Report:
+        found = honest(handle)
+        if found.kept_tokens == found.visual_tokens:
+            return found
+        ms, warning = next(told)
+        assert found.forecast is not None and found.forecast.promise is not None
+        promise = replace(found.forecast.promise, achieved=ms)
+        return replace(found, prefill_ms=ms, warnings=(warning,), forecast=replace(found.forecast, promise=promise))
+
+    monkeypatch.setattr(PatchHandle, "report", report)
+    inputs = build_inputs(loaded.processor, [QUESTION], [[Image.open(poster)]], loaded.model)
+    setting = Setting(build_methods("random", []), Budget.parse("40% flops"), None, 1, 3)
+    found = compare(loaded, inputs, setting, Silent())  # type: ignore[arg-type]
+    assert found.warnings == ("one",)
+    assert found.promise is not None and found.promise.achieved == found.pruned.prefill_ms == 10.0
+
+
+# --- inside the language model ---------------------------------------------------------------------------------------
+
+
+def test_a_method_whose_fields_say_it_all_needs_no_budget(
+    cli: Cli, tiny_model: Path, poster: Path, tmp_path: Path
+) -> None:
+    fixed = ("run", poster, "--model", tiny_model, "--method", "fastv", "-o", "k=1", "-o", "r=0.5", *QUICK)
+    result = cli(*fixed)
+    assert result.exit_code == 0, result.stderr
+    assert "FastV(k=1, r=0.5), a fixed schedule" in result.stdout
+    row = next(line for line in result.stdout.splitlines() if "mean over the decoder layers" in line)
+    assert all(number in row for number in ("192", "144", "1.33x"))
+    assert (tmp_path / "kept.png").is_file()
+    facts = json.loads(cli(*fixed, "--json").stdout)
+    assert facts["budget"] is None and facts["method"] == "FastV(k=1, r=0.5)"
+    assert (facts["pruned"]["visual_tokens"], facts["pruned"]["mean_tokens"]) == (192, 144)
+    assert facts["ratio"]["mean_tokens"] == pytest.approx(192 / 144)
+    assert facts["kept"][0]["steps"] == [{"layer": 1, "kept": 96}]
+    refused = cli(*fixed, "--budget", "20%")
+    assert refused.exit_code == 1 and "Leave --budget out" in refused.stderr and "Budget(" not in refused.stderr
+
+
+def test_two_methods_run_within_one_budget(cli: Cli, tiny_model: Path, poster: Path) -> None:
+    arguments = ("--method", "hired+fastv", "-o", "k=1", "--budget", "50%", "--json", *QUICK)
+    result = cli("run", poster, "--model", tiny_model, *arguments)
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["method"] == "HiRED() + FastV(k=1)"
+    assert 96 > facts["pruned"]["mean_tokens"] - 1e-9 > 90
+    assert 192 > facts["pruned"]["visual_tokens"] > 96
+    alone = cli("run", poster, "--model", tiny_model, "--budget", "50%", *QUICK).stdout
+    assert "mean over the decoder layers" not in alone
+
+
+def test_nothing_left_behind_a_layer_is_drawn_as_the_layers_before_it(
+    cli: Cli, tiny_model: Path, poster: Path, tmp_path: Path
+) -> None:
+    result = cli("run", poster, "--model", tiny_model, "--method", "vtw", "--budget", "50%", *QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "kept.png").is_file()
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+def written(loaded: Loaded, file: Path, tokens: int) -> Path:
+    """A recipe for prompts of so many visual tokens."""
+    _, base, _ = find_family(loaded.model)
+    methods = [PRUNERS.get("hired")(alpha=0.2), PRUNERS.get("fastv")(k=1)]
+    Recipe.of(methods, Budget(0.4), ModelFacts.of(base, [tokens])).save(file)
+    return file
+
+
+def test_a_plan_says_methods_options_and_budget(
+    cli: Cli, loaded: Loaded, tiny_model: Path, poster: Path, tmp_path: Path
+) -> None:
+    plan = written(loaded, tmp_path / "plan.json", 192)
+    result = cli("run", poster, "--model", tiny_model, "--plan", plan, "--json", *QUICK)
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert (facts["method"], facts["budget"], facts["plan"]) == ("HiRED(alpha=0.2) + FastV(k=1)", "40%", str(plan))
+    assert facts["pruned"]["mean_tokens"] <= 0.4 * 192 + 1
+    assert not any("calibrated on" in warning for warning in facts["warnings"])
+    demo = cli("demo", "--model", tiny_model, "--plan", plan, "--repeats", 1, "--max-new-tokens", 1)
+    assert demo.exit_code == 0, demo.stderr
+    assert "HiRED(alpha=0.2) + FastV(k=1) at 40%, by the plan" in demo.stdout
+    assert " tokens a layer" in demo.stdout
+
+
+def test_a_plan_made_on_other_prompts_is_warned_of(
+    cli: Cli, loaded: Loaded, tiny_model: Path, poster: Path, tmp_path: Path
+) -> None:
+    plan = written(loaded, tmp_path / "plan.json", 20)
+    result = cli("run", poster, "--model", tiny_model, "--plan", plan, *QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert "was calibrated on 20" in result.stdout
+
+
+def test_a_plan_that_cannot_be_used_is_refused_before_the_model_loads(
+    cli: Cli, loaded: Loaded, poster: Path, tmp_path: Path
+) -> None:
+    inputs = build_inputs(loaded.processor, [QUESTION], [[Image.open(poster)]], loaded.model)
+    with patch(loaded.model, "hired", 0.2) as handle:
+        handle.plan(**inputs).save(tmp_path / "batch.json")
+    plan = written(loaded, tmp_path / "plan.json", 192)
+    for arguments, message in (
+        (("--plan", "gone.json"), "gone.json"),
+        (("--plan", "batch.json"), "holds the counts of one batch"),
+        (("--plan", plan, "--budget", "20%"), "leave out --budget"),
+        (("--plan", plan, "--method", "hired", "-o", "alpha=0"), "leave out --method and --option"),
+    ):
+        result = cli("run", poster, "--model", "./no-such-model", *arguments)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert message in result.stderr and result.stderr.count("\n") == 1
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------

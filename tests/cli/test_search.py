@@ -74,6 +74,10 @@ def test_psigmoid_keeps_to_its_budget_and_prints_json(cli: Cli, calibration: Pat
         (["--data", "nowhere.jsonl"], "cannot read calibration file 'nowhere.jsonl'"),
         (["-m", "psigmoid"], "pass --budget"),
         (["-m", "psigmoid", "-b", "0.7", "--tolerance", "0.1"], "--tolerance is for gsearch"),
+        (["-m", "psigmoid", "-b", "0.7", "--search", "bayes"], "--search is for gsearch"),
+        (["--trials", "3"], "--trials is for --search bayes or --method psigmoid"),
+        (["--search", "bisection", "--sampler", "gp"], "--sampler is for --search bayes"),
+        (["--seed", "0"], "--seed is for --search bayes"),
         (["-b", "7 apples"], "unknown unit"),
         (["--out", "no/such/plan.json"], "there is no folder"),
         (["--out", "."], "is a directory"),
@@ -88,6 +92,87 @@ def test_faults_are_one_line_and_no_work(
     assert result.exit_code == 1
     assert message in result.stderr and len(result.stderr.splitlines()) == 1
     assert result.stdout == ""
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model loads, and no picture."""
+    for target in ("vlm_budget.cli.loading.load", "vlm_budget.search.data.load_jsonl"):
+        monkeypatch.setattr(target, lambda *_: pytest.fail("the work began"))
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize(
+    ("verb", "arguments", "message"),
+    [
+        ("search", ["--tolerance", "-1"], "tolerance must be a number above 0"),
+        ("search", ["--tolerance", "nan"], "tolerance must be a number above 0"),
+        ("search", ["--tolerance", "5"], "below 1"),
+        ("search", ["--metric", "kl", "--answer-tokens", "3"], "first answer token only"),
+        ("search", ["--search", "bayes", "--seed", str(2**32)], "seed must be below"),
+        ("search", ["--journal", "no/such/file"], "cannot write journal 'no/such/file': there is no folder"),
+        ("search", ["--journal", "notes.txt"], "'notes.txt' is no search journal; it was left as it is"),
+        ("search", ["--journal", "plan.json"], "--journal 'plan.json' is the file of --out"),
+        ("search", ["--metric", "accuracy", "--data", "bare.jsonl"], "1 of 1 calibration prompts have no answer"),
+        ("search", ["--out", "bare.jsonl", "--data", "bare.jsonl"], "--out 'bare.jsonl' is the file of --data"),
+        ("autotune", ["--metric", "kl", "--answer-tokens", "3"], "first answer token only"),
+        ("autotune", ["--methods", "hired+divprune"], "both act before the language model"),
+        ("autotune", ["--methods", "hierd"], "Did you mean 'hired'"),
+        ("autotune", ["--methods", ","], "there is nothing to try"),
+        ("autotune", ["--out", "notes.txt"], "is a file; name a folder"),
+        ("autotune", ["--out", "notes.txt/front"], "is a file; name a folder"),
+        ("autotune", ["--out", "foreign"], "is no front of this library"),
+        ("autotune", ["--journal", "notes.txt"], "is no search journal"),
+        ("autotune", ["--journal", "bare.jsonl", "--data", "bare.jsonl"], "is the file of --data"),
+        ("autotune", ["--metric", "accuracy", "--data", "bare.jsonl"], "1 of 1 calibration prompts have no answer"),
+    ],
+)
+def test_faults_of_options_are_said_before_anything_loads(
+    cli: Cli, calibration: Path, tmp_path: Path, verb: str, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "foreign").mkdir()
+    texts = {
+        "notes.txt": "my notes\n",
+        "foreign/front.json": "{}",
+        "bare.jsonl": json.dumps({"image": str(calibration.with_name("0.png")), "prompt": "what"}),
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    result = cli(verb, "nano", "--data", calibration, *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert {name: (tmp_path / name).read_text() for name in texts} == texts
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize("arguments", [["--search", "bayes"], ["-m", "psigmoid", "-b", "0.7"]])
+def test_a_missing_optimizer_is_said_before_anything_loads(
+    cli: Cli, calibration: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    result = cli("search", "nano", "--data", calibration, *arguments)
+    assert result.exit_code == 1
+    assert "pip install 'vlm-budget[search]'" in result.stderr
+
+
+def test_bayesian_search_takes_its_options(cli: Cli, calibration: Path, tmp_path: Path) -> None:
+    result = cli(
+        "search", "nano", "--data", calibration, "--search", "bayes", "--trials", 2, "--sampler", "tpe", "--seed", 5,
+        "--metric", "kl", "--tolerance", 0.2,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    judged = [json.loads(row) for row in (tmp_path / "plan.json.journal").read_text().splitlines()[1:]]
+    assert len(judged) <= 1 + 2 * 2  # the full model, and two trials for each of two layers
+
+
+def test_wrong_labels_are_no_plan_that_drops_everything(cli: Cli, calibration: Path, tmp_path: Path) -> None:
+    wrong = calibration.with_name("wrong.jsonl")
+    rows = [{**json.loads(line), "answer": "zq"} for line in calibration.read_text().splitlines()]
+    wrong.write_text("\n".join(map(json.dumps, rows)))
+    result = cli("search", "nano", "--data", wrong, "--metric", "accuracy")
+    assert result.exit_code == 1
+    assert "expected answer to none of the 8 calibration prompts" in result.stderr
+    assert not (tmp_path / "plan.json").exists()
 
 
 def test_accuracy_without_labels_is_refused(cli: Cli, calibration: Path, tmp_path: Path) -> None:
@@ -176,6 +261,16 @@ def test_autotune_shows_a_table_and_what_did_not_fit(cli: Cli, calibration: Path
     for text in ("uniform", "agreement on 8 prompts", "fastv at 20%: ", "On the front: here/01_uniform_20pct.json"):
         assert text in result.stdout
     assert not (tmp_path / "here" / "front.png").exists()
+
+
+def test_a_second_autotune_leaves_no_plan_of_the_first(cli: Cli, calibration: Path, tmp_path: Path) -> None:
+    common = ("autotune", "nano", "--data", calibration, "--methods", "uniform", "--timed", 1, "--repeats", 1)
+    assert cli(*common, "--budgets", "20%").exit_code == 0
+    assert (tmp_path / "front" / "01_uniform_20pct.json").is_file() and (tmp_path / "front" / "front.png").is_file()
+    result = cli(*common, "--budgets", "50%", "--no-plot")
+    assert result.exit_code == 0, result.stderr
+    left = sorted(file.name for file in (tmp_path / "front").iterdir())
+    assert left == ["01_uniform_50pct.json", "front.json", "points.journal"]
 
 
 @pytest.mark.parametrize(

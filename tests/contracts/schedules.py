@@ -96,6 +96,9 @@ class Recording(DecoderPruner):
     def schedule(self, tokens: int, spend: int | None, layers: int) -> tuple[Step, ...]:
         return self.inner.schedule(tokens, spend, layers)
 
+    def schedule_behind(self, first: int, tokens: int, spend: int | None, layers: int) -> tuple[Step, ...]:
+        return self.inner.schedule_behind(first, tokens, spend, layers)
+
     def pick(self, ctx: DecoderContext, k: int) -> torch.Tensor | Selection:
         picked = self.inner.pick(ctx, k)
         if isinstance(picked, Selection) and picked.values is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 import vlm_budget
 from fingerprint import changes, fingerprint
 from tiny_parts import FLOOR, row_inputs
-from vlm_budget import PatchError, Plan, PlanError, SelectionError
+from vlm_budget import PatchError, PlanError, SelectionError
 from vlm_budget.decoder import DecoderContext
 
 from .layered import Layered, layered
@@ -331,8 +331,10 @@ def test_layers_where_nothing_can_be_dropped_are_refused(name: str, layer: int, 
             with pytest.raises(PatchError, match=message):
                 run()
     with known.patch() as handle:
-        plan = handle.plan(**known.tiny.clone()).to_json().replace("\n     2,\n", f"\n     {layer},\n")
-    moved = Plan.from_json(plan.replace("\n     4,\n", f"\n     {layer + 7},\n"))
+        plan = handle.plan(**known.tiny.clone())
+    places = {2: layer, 4: layer + 7}
+    items = [replace(item, steps=tuple((places[at], keep) for at, keep in item.steps)) for item in plan.items]
+    moved = replace(plan, items=tuple(items))
     with pytest.raises(PatchError, match=message):
         vlm_budget.patch(known.tiny.model, Scheduled(), plan=moved)
 

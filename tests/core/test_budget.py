@@ -1,6 +1,7 @@
 """The words users type for a budget, and what they are worth in tokens."""
 
 import math
+from dataclasses import replace
 from decimal import ROUND_HALF_UP, Decimal
 from fractions import Fraction
 from typing import Any
@@ -165,7 +166,9 @@ def test_what_is_no_budget_is_refused_with_what_was_got_and_what_would_do(writte
         (0.5, "tokens", True, "tokens"),
         (5.0, "ratio", False, "ratio"),
         (1.5, "tokens", False, "whole"),
-        ("0.2", "ratio", True, "number"),
+        ("abc", "ratio", True, "cannot read a budget from 'abc'"),
+        ("80 ms", "ms", True, "leave out unit and relative"),
+        ("80 ms", "ms", False, "leave out unit and relative"),
         (True, "ratio", True, "number"),
         (None, "ratio", True, "number"),
     ],
@@ -173,6 +176,13 @@ def test_what_is_no_budget_is_refused_with_what_was_got_and_what_would_do(writte
 def test_a_budget_built_by_hand_is_checked_too(amount: Any, unit: Any, relative: bool, message: str) -> None:
     with pytest.raises(BudgetError, match=message):
         Budget(amount, unit, relative)
+
+
+@pytest.mark.parametrize("written", ["50% ms", "80 ms", "40% flops", "200 MB kv", "20%", "0.2", "128", "1 token"])
+def test_a_budget_may_be_built_from_text(written: str) -> None:
+    budget = Budget(written)
+    assert budget == Budget.parse(written) and hash(budget) == hash(Budget.parse(written))
+    assert type(budget.amount) is float and replace(budget, amount=budget.amount) == budget
 
 
 shares = st.floats(0, 1, exclude_min=True, allow_subnormal=True)
@@ -199,11 +209,18 @@ def test_the_text_of_a_budget_reads_back_to_an_equal_one(budget: Budget) -> None
         (128, "128 tokens"),
         ("40% flops", "40% flops"),
         ("30% cache", "30% kv"),
-        ("50% latency", "50% time"),
-        ("50% ms", "50% time"),
+        (1, "1 token"),
+        ("50% latency", "50% ms"),
+        ("50% ms", "50% ms"),
+        ("50% time", "50% ms"),
         ("1.5 s", "1500 ms"),
-        ("200 MB", "200000000 B kv"),
-        ("2 tflops", "2000000000000 flops"),
+        ("200 MB", "200 MB kv"),
+        ("2 MB kv", "2 MB kv"),
+        ("1500 B", "1.5 kB kv"),
+        ("1 KiB", "1.024 kB kv"),
+        ("512 B kv", "512 B kv"),
+        ("2 tflops", "2 TFLOPs"),
+        ("100 flops", "100 flops"),
     ],
 )
 def test_the_text_of_a_budget_is_short(written: Any, text: str) -> None:
@@ -286,7 +303,7 @@ def test_less_than_one_token_per_item_is_refused_with_a_feasible_budget(budget: 
     with pytest.raises(BudgetError, match="less than one each") as caught:
         Budget.parse(budget).tokens(total, items)
     suggestion = str(caught.value).split("nearest feasible budget is ")[1]
-    assert suggestion.startswith(f"{items} tokens")
+    assert suggestion.startswith("1 token (" if items == 1 else f"{items} tokens (")
     ratio = suggestion.split("(or ")[1].split(")")[0]
     assert Budget.parse(ratio).tokens(total, items) == items
 

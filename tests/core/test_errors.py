@@ -10,6 +10,7 @@ from vlm_budget import errors
 
 BUILTINS = {
     "BudgetError": ValueError,
+    "InfeasibleBudgetError": ValueError,
     "LatencyError": ValueError,
     "PlanError": ValueError,
     "LayoutError": ValueError,

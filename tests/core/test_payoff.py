@@ -14,6 +14,7 @@ import vlm_budget
 from tiny_encoders import family_of
 from tiny_models import row_inputs
 from vlm_budget import Budget
+from vlm_budget.budget import in_words
 from vlm_budget.cost import CostModel, LayerCost
 from vlm_budget.errors import LatencyError
 from vlm_budget.latency import Latency, Setting
@@ -127,6 +128,7 @@ def test_flops_are_promised_for_the_dearest_prompt_and_achieved_by_count() -> No
     assert promise is not None
     assert promise.allowed == 0.5 * flops(107, 107, 107)
     assert promise.planned == promise.achieved == flops(47, 47, 47)
+    assert str(promise).endswith(f"{in_words(promise.achieved, 'flops')} by the tokens kept")
 
 
 def test_bytes_are_measured_per_row() -> None:
@@ -152,9 +154,30 @@ def test_milliseconds_are_measured_without_the_choosing_and_only_for_a_prompt_al
 # --- warnings --------------------------------------------------------------------------------------------------------
 
 
-def test_what_pays_and_what_drops_nothing_is_not_warned_about() -> None:
+def test_what_pays_is_not_warned_about() -> None:
     assert told(batch([20], [5]), SEEN) == ""
-    assert told(batch([100], [5]), replace(SEEN, select_ms=1000.0)) == ""
+
+
+def test_what_drops_nothing_is_told_in_one_sentence() -> None:
+    text = told(batch([100, 100], [5, 7]), replace(SEEN, select_ms=1000.0))
+    assert text == "nothing is dropped: all 200 visual tokens stay, so that nothing is saved"
+
+
+@pytest.mark.parametrize(("took", "warned"), [(19.9, True), (19.7, False), (5.0, False)])
+def test_a_prefill_well_over_its_milliseconds_is_told_with_what_to_do(took: float, warned: bool) -> None:
+    of, seen = batch([20], [5], latency=lambda: TIMES), replace(SEEN, prefill_ms=took + 1)
+    text = "\n".join(warnings_for(of, forecast(of, Budget(18, "ms", relative=False), seen), seen))
+    assert ("missed budget: the prefill took" in text) == warned
+    if warned:
+        assert "took 19.9 ms, 11% more than the 18 ms allowed" in text and "vlm_budget.calibrate(model)" in text
+    in_flops = forecast(of, Budget(0.1, "flops"), seen)
+    assert not any("missed budget" in warning for warning in warnings_for(of, in_flops, seen))
+
+
+def test_a_missed_promise_is_told_also_where_nothing_is_dropped() -> None:
+    of, seen = batch([100], [5], latency=lambda: TIMES), replace(SEEN, prefill_ms=1000.0)
+    first, second = warnings_for(of, forecast(of, Budget(100, "ms", relative=False), seen), seen)
+    assert first.startswith("missed budget: the prefill took 999 ms") and second.startswith("nothing is dropped")
 
 
 def test_overhead_that_eats_the_saving_is_named_with_both() -> None:
@@ -169,6 +192,14 @@ def test_a_prompt_of_text_with_a_small_picture_is_named() -> None:
     text = told(batch([5], [900], side=4), replace(SEEN, encode_ms=2.0))
     assert "few visual tokens: the 16 of this prompt make 3% of the prefill's FLOPs" in text
     assert "little is dropped: the prefill has" in text
+
+
+@pytest.mark.parametrize(("text", "few"), [(680, True), (600, False)])
+def test_the_line_for_few_visual_tokens_lies_at_a_fifth_of_the_flops(text: int, few: bool) -> None:
+    share = 1 - flops(text) / flops(text + 100)
+    assert few == (share < 0.2) and 0.18 < share < 0.22
+    found = told(batch([99], [text]), replace(SEEN, select_ms=1000.0))
+    assert ("few visual tokens: the 100 of this prompt" in found) == few
 
 
 def test_decode_bound_calls_say_how_much_there_is_to_save_at_most() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_budget import Plan, PlanError
-from vlm_budget.plan import ItemPlan
+from vlm_budget.plan import ItemPlan, checksum
 
 PLAN = Plan(
     "HiRED(alpha=0.3)",
@@ -95,8 +95,11 @@ def test_an_item_of_a_row_the_plan_does_not_have_is_refused() -> None:
 
 
 def broken(**change: Any) -> str:
+    """The plan with a change that its checksum knows of."""
     data = {**json.loads(PLAN.to_json()), **change}
-    return json.dumps({name: value for name, value in data.items() if value is not ...})
+    del data["checksum"]
+    data = {name: value for name, value in data.items() if value is not ...}
+    return json.dumps({**data, "checksum": checksum(data)})
 
 
 @pytest.mark.parametrize(
@@ -119,6 +122,11 @@ def broken(**change: Any) -> str:
         broken(items=[{"row": 0, "modality": "image", "total": 7, "keep": 3, "colour": "red"}]),
         broken(surprise=1),
         broken(rows="3"),
+        broken(budget=0.2),
+        broken(method=["Uniform()"]),
+        broken(items=[{"row": 0, "modality": "picture", "total": 7, "keep": 3}]),
+        broken(items=[{"row": 0, "modality": "image", "total": 7, "keep": 3, "steps": 5}]),
+        broken(version=True),
         broken(rows=-1),
         broken(rows=2),
     ],
@@ -128,10 +136,48 @@ def test_text_that_is_no_plan_is_refused(text: str) -> None:
         Plan.from_json(text)
 
 
+def test_an_edited_plan_is_refused(tmp_path: Path) -> None:
+    text = PLAN.to_json()
+    for old, new in (('"keep": 63', '"keep": 64'), ('"20%"', '"30%"'), ("HiRED", "Random"), ('"video"', '"image"')):
+        assert old in text
+        with pytest.raises(PlanError, match="edited or damaged"):
+            Plan.from_json(text.replace(old, new))
+    data = json.loads(text)
+    with pytest.raises(PlanError, match="edited or damaged"):
+        Plan.from_json(json.dumps({name: value for name, value in data.items() if name != "checksum"}))
+    (tmp_path / "mine.json").write_text(text.replace('"keep": 63', '"keep": 64'))
+    with pytest.raises(PlanError, match=r"plan '.*mine\.json': the plan was edited"):
+        Plan.load(tmp_path / "mine.json")
+
+
+def test_the_layout_of_a_file_may_change() -> None:
+    assert Plan.from_json(json.dumps(json.loads(PLAN.to_json()), sort_keys=True)) == PLAN
+
+
+def test_plans_of_the_second_version_have_no_checksum_and_are_read() -> None:
+    old = {**json.loads(PLAN.to_json()), "version": 2}
+    del old["checksum"]
+    assert Plan.from_json(json.dumps(old)) == PLAN
+
+
+@pytest.mark.parametrize("depth", [600, 3000, 200_000])
+def test_json_nested_out_of_all_measure_is_no_plan(depth: int) -> None:
+    deep = "[" * depth + "]" * depth
+    for around in ("DEEP", '{"version": 2, "items": DEEP}', '{"version": 2, "items": [{"row": DEEP}]}'):
+        text = around.replace("DEEP", deep)
+        with pytest.raises(PlanError, match="not a plan"):
+            Plan.from_json(text)
+
+
+def test_an_object_that_is_no_plan_is_told_what_it_lacks() -> None:
+    with pytest.raises(PlanError, match="it has no 'version' or no 'items'"):
+        Plan.from_json("{}")
+
+
 @pytest.mark.parametrize("future", [{}, {"surprise": 1}, {"items": "elsewhere"}])
 def test_a_plan_of_a_later_version_is_refused_as_such(future: dict[str, Any]) -> None:
-    with pytest.raises(PlanError, match=r"plan version 3 is not supported, expected one of \(1, 2\)"):
-        Plan.from_json(broken(version=3, **future))
+    with pytest.raises(PlanError, match=r"plan version 4 is not supported, expected one of \(1, 2, 3\)"):
+        Plan.from_json(broken(version=4, **future))
 
 
 def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:

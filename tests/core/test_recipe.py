@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import vlm_budget
 from vlm_budget.budget import Budget
-from vlm_budget.errors import PlanError, PlanMismatchWarning
+from vlm_budget.errors import PlanError, PlanMismatchWarning, UnknownNameError
 from vlm_budget.plan import ItemPlan, Plan
 from vlm_budget.pruner import Pruner
 from vlm_budget.recipe import CalibrationFacts, ModelFacts, Recipe, read_plan
@@ -78,6 +78,23 @@ def test_every_truncated_recipe_is_refused(tmp_path: Path) -> None:
         (tmp_path / "cut.json").write_text(text[:length])
         with pytest.raises(PlanError, match="truncated or no JSON"):
             read_plan(tmp_path / "cut.json")
+
+
+@pytest.mark.parametrize("depth", [600, 3000, 200_000])
+def test_json_nested_out_of_all_measure_is_no_recipe(depth: int, tmp_path: Path) -> None:
+    deep = "[" * depth + "]" * depth
+    data = json.loads(recipe().to_json())
+    (tmp_path / "deep.json").write_text(json.dumps(data).replace('"alpha": 0.3', f'"alpha": {deep}'))
+    with pytest.raises(PlanError, match=r"plan '.*deep\.json'"):
+        read_plan(tmp_path / "deep.json")
+
+
+def test_an_option_that_its_method_does_not_have_is_refused() -> None:
+    tiny = tiny_models.build("llava")
+    facts = ModelFacts.of(tiny.model.model, [30, 40])
+    made = Recipe((("hired", {"alfa": 0.3}),), "20%", facts)
+    with pytest.raises(UnknownNameError, match="'hired' has no option 'alfa'. Did you mean 'alpha'"):
+        vlm_budget.patch(tiny.model, plan=made)
 
 
 def test_formatting_may_change() -> None:

@@ -104,6 +104,19 @@ def test_drops_inside_the_language_model_are_told(steps: tuple[tuple[int, int], 
     assert f"prompt 0, image: {words}\n" in str(report)
 
 
+@pytest.mark.parametrize(
+    ("made_for", "budget", "title"),
+    [
+        ("Uniform()", "30%", "HiRED(alpha=0.3) with the counts of Uniform() at 30%"),
+        ("FastV(r=0.5)", "fields", "HiRED(alpha=0.3) with the counts of FastV(r=0.5)"),
+        ("HiRED(alpha=0.3)", "20%", "HiRED(alpha=0.3) at 20%"),
+    ],
+)
+def test_a_plan_made_for_another_method_is_named_in_the_title(made_for: str, budget: str, title: str) -> None:
+    report = replace(REPORT, budget=budget, plan=replace(REPORT.plan, method=made_for, budget=budget))
+    assert str(report).splitlines()[0] == title and title in rendered(report)
+
+
 def test_a_report_counts_its_tokens() -> None:
     assert (REPORT.visual_tokens, REPORT.kept_tokens, REPORT.text_only) == (688, 70, False)
 
@@ -123,7 +136,9 @@ def test_plain_data_survives_json_and_holds_every_field() -> None:
         "method": "HiRED(alpha=0.3)",
         "budget": "20%",
         "positions": "packed",
-        "plan": json.loads(json.dumps({k: v for k, v in json.loads(REPORT.plan.to_json()).items() if k != "version"})),
+        "plan": json.loads(
+            json.dumps({k: v for k, v in json.loads(REPORT.plan.to_json()).items() if k not in ("version", "checksum")})
+        ),
         "encode_ms": 12.345,
         "probe_ms": 1.5,
         "select_ms": 0.5,

@@ -1,6 +1,8 @@
 """Schedules of drops: within what may be spent, as near as whole tokens allow, and the nearest budget otherwise."""
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,11 +13,15 @@ from synthetic_items import anyres, single
 from vlm_budget import BudgetError
 from vlm_budget.budget import Budget
 from vlm_budget.decoder import DecoderPruner, Step
-from vlm_budget.errors import OptionError
+from vlm_budget.errors import InfeasibleBudgetError, OptionError, PatchError
 from vlm_budget.layout import VisualLayout
+from vlm_budget.plan import Plan
 from vlm_budget.planning import Facts, Methods, make_plan
+from vlm_budget.pruner import Pruner
 from vlm_budget.pruners.dart import DART
 from vlm_budget.pruners.fastv import FastV
+from vlm_budget.pruners.gsearch import GSearch
+from vlm_budget.pruners.psigmoid import PSigmoid
 from vlm_budget.pruners.pyramiddrop import PyramidDrop
 from vlm_budget.pruners.sparsevlm import SparseVLM
 from vlm_budget.pruners.vtw import VTW
@@ -180,3 +186,97 @@ def test_a_fixed_method_is_planned_without_a_budget() -> None:
     layout = VisualLayout(((single(4), single(3)),))
     plan = make_plan(Methods(decoder=FastV(k=1, r=0.75)), None, layout, Facts(4, [5], NoCost()))
     assert [item.steps for item in plan.items] == [((1, 4),), ((1, 2),)]  # round(25 / 4) = 6 of 25
+
+
+# --- models whose first layers must see everything (Qwen3-VL) --------------------------------------------------------
+
+LATE = [PyramidDrop(), SparseVLM(), SparseVLM(version=2), VTW(), PSigmoid(), GSearch(), FastV(k=3), DART(layer=3)]
+LATE_FIXED = [
+    PyramidDrop(ratios=(0.5, 0.4, 0.3)),
+    SparseVLM(ratios=(0.5, 0.4, 0.3)),
+    PSigmoid(t0=0.1),
+    FastV(k=3, r=0.5),
+]
+
+
+def late_plan(method: DecoderPruner, budget: Any, first: int = 3, sides: Sequence[int] = (7,), layers: int = 8) -> Plan:
+    rows = VisualLayout(tuple((single(side),) for side in sides))
+    facts = Facts(layers, [20] * len(sides), Tokens(), first)
+    return make_plan(Methods(decoder=method), None if budget is None else Budget.parse(budget), rows, facts)
+
+
+class Tokens:
+    """A price of one per token and layer."""
+
+    def amount(self, unit: str, text: int, visual: Sequence[int]) -> float:
+        return float(sum(text + count for count in visual))
+
+
+@pytest.mark.parametrize("method", [*LATE, *LATE_FIXED], ids=str)
+@pytest.mark.parametrize("budget", [0.6, "70% flops", "30 tokens"])
+def test_nothing_is_dropped_before_the_first_layer_that_may(method: DecoderPruner, budget: Any) -> None:
+    plan = late_plan(method, None if method.fixed else budget)
+    assert plan.drop_layers and min(plan.drop_layers) >= 3
+    if budget == 0.6 and not method.fixed:
+        assert plan.mean_tokens(8) <= 0.6 * 49 + 1 / 8
+
+
+@pytest.mark.parametrize("method", LATE, ids=str)
+@pytest.mark.parametrize("budget", ["1%", 0.01, "1 token", "5 tokens", "1% flops", "2% kv", "100 flops", 0.2])
+@pytest.mark.parametrize("first", [1, 3])
+@pytest.mark.parametrize("sides", [(7,), (12, 3, 7)])
+def test_the_budget_that_is_named_is_accepted(
+    method: DecoderPruner, budget: Any, first: int, sides: tuple[int, ...]
+) -> None:
+    try:
+        late_plan(method, budget, first, sides)
+    except BudgetError as error:
+        named = str(error).split("nearest feasible budget is '")[1].split("'")[0]
+        assert late_plan(method, named, first, sides).drop_layers
+        assert str(method) in str(error) or "less than one each" in str(error)
+    else:
+        assert budget in ("5 tokens", 0.2, "2% kv", "1% flops", "1%", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("sides", "budget", "words"),
+    [
+        ((7, 5, 9), 60, "25 tokens (or 1.0)"),
+        ((9, 5, 7), "26 tokens", "25 tokens (or 1.0)"),
+        ((20, 3, 7), 0.001, "1 token (or 0.1111)"),
+    ],
+)
+def test_a_batch_is_told_what_all_its_prompts_can_meet(sides: tuple[int, ...], budget: Any, words: str) -> None:
+    rows = VisualLayout(tuple((single(side),) for side in sides))
+    facts = Facts(8, [20] * len(sides), NoCost())
+    with pytest.raises(InfeasibleBudgetError, match=re.escape(f"nearest feasible budget is {words}.")) as caught:
+        make_plan(Methods(Pruner()), Budget.parse(budget), rows, facts)
+    for near in caught.value.nearest:
+        make_plan(Methods(Pruner()), near, rows, facts)
+
+
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [
+        (FastV(), "Pass k=3, or more."),
+        (FastV(r=0.5), "Pass k=3, or more."),
+        (DART(), "Pass layer=3, or more."),
+        (VTW(layer=1), "Pass layer=3, or more."),
+        (GSearch(rates=(1, 1, *[0.5] * 6)), "Pass rates that are 1 for the first 3 layers."),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("budget", [0.6, 0.01, "1% flops", "60% flops"])
+def test_a_numbered_layer_that_is_too_early_is_named_with_the_field(
+    method: DecoderPruner, advice: str, budget: Any
+) -> None:
+    with pytest.raises(PatchError, match="adds visual features behind each of its first 3 layers") as caught:
+        late_plan(method, None if method.fixed else budget)
+    assert str(method) in str(caught.value) and str(caught.value).endswith(advice)
+
+
+def test_a_model_that_adds_features_behind_all_layers_drops_nowhere() -> None:
+    for method in (PSigmoid(), FastV(), VTW()):
+        assert late_plan(method, 1.0, first=3, layers=3).drop_layers == []
+        with pytest.raises(PatchError, match="first 3 layers, and has 3. Drop before the language model"):
+            late_plan(method, 0.5, first=3, layers=3)

@@ -92,6 +92,14 @@ def test_options_that_say_the_same_are_no_choice():
     assert read_choice("blue", ["red", "red", "blue"]) == "C"
 
 
+def test_yes_and_no_as_options():
+    options = ["Yes", "No"]
+    assert read_choice("No, it does not.", options) == "B"
+    assert read_choice("Yes. It is there.", options) == "A"
+    assert read_choice("It is not there", options) is None
+    assert read_choice("No, wait, yes", options) is None
+
+
 def test_numbers_as_options():
     assert read_choice("4", ["2", "4", "14"]) == "B"
     assert read_choice("There are 14 of them", ["2", "4", "14"]) == "C"

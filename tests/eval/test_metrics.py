@@ -130,6 +130,7 @@ def test_anls_examples(answer: str, references: list[str], expected: float):
         ("", "", 1),
         ("%", "5", 0),
         ("nan", "5", 0),
+        ("NaN", "nan", 1),  # a text
         ("inf", "5", 0),
         ("2009", "2010", 1),  # years are numbers, too
     ],
@@ -183,7 +184,7 @@ def test_exact_match_examples(answer: str, reference: str, expected: float):
         ("No, there is not", "no"),
         ("y", "yes"),
         ("N", "no"),
-        ("a yes", "yes" if "yes" in "a yes"[:4] else None),
+        ("a yes", None),
         ("I think yes", None),
         ("It is not", None),
         ("", None),
@@ -219,7 +220,7 @@ def test_any_text_scores_between_zero_and_one_and_itself_one(answer: str, refere
     for value in (vqa_accuracy(answer, references), anls(answer, references), contains_reference(answer, references)):
         assert 0 <= value <= 1
     assert vqa_accuracy(answer, [answer] * 10) == anls(answer, [answer]) == exact_match(answer, answer) == 1
-    assert relaxed_accuracy(answer, answer) == 1 or answer.strip().rstrip("%").lower().strip("+-") in ("nan", "inf", "infinity")
+    assert relaxed_accuracy(answer, answer) == 1
 
 
 @settings(max_examples=60, deadline=None)

@@ -44,7 +44,7 @@ def test_rates_fix_the_schedule_and_none_leave_it_to_the_budget() -> None:
     assert GSearch(rates=(1, 1, 0.5)).fixed
     assert not GSearch().fixed
     assert GSearch().schedule(577, 577 * 6, 24) == PSigmoid().schedule(577, 577 * 6, 24)
-    with pytest.raises(BudgetError, match="nearest feasible"):
+    with pytest.raises(BudgetError, match=r"^GSearch\(\) cannot keep to .* nearest feasible"):
         GSearch().schedule(577, 577, 24)
 
 
@@ -64,6 +64,12 @@ def test_rates_of_another_model_are_refused() -> None:
         ((1, 1, math.nan), r"\[0, 1\]"),
         ((1, 1, "half"), "one number per decoder layer"),
         (0.5, "one number per decoder layer"),
+        ("111", "one number per decoder layer"),
+        (b"111", "one number per decoder layer"),
+        ((1, 1, "0.5"), "one number per decoder layer"),
+        ((1, True, 0.5), "one number per decoder layer"),
+        ((1, 1, None), "one number per decoder layer"),
+        (None, "one number per decoder layer"),
     ],
 )
 def test_what_is_no_schedule_is_refused(found: object, message: str) -> None:

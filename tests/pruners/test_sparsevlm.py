@@ -308,7 +308,7 @@ def test_the_text_builds_an_equal_one(pruner: SparseVLM, text: str) -> None:
     assert hash(eval(text)) == hash(pruner)
 
 
-@pytest.mark.parametrize("version", [0, 3, "2", None, True])
+@pytest.mark.parametrize("version", [0, 3, "2", None, True, 1.0, [], {}])
 def test_there_are_two_versions(version: object) -> None:
     with pytest.raises(OptionError, match="version must be 1 or 2"):
         SparseVLM(version=version)  # type: ignore[arg-type]

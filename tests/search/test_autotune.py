@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +14,22 @@ from rich.console import Console
 
 import vlm_budget
 from fingerprint import fingerprint
-from vlm_budget.errors import JournalError, MissingExtraError, OptionError, SelectionError
+from vlm_budget.errors import (
+    JournalError,
+    LatencyError,
+    MissingExtraError,
+    OptionError,
+    SelectionError,
+    VLMBudgetError,
+)
+from vlm_budget.planning import Methods
 from vlm_budget.recipe import CalibrationFacts, ModelFacts, Recipe, read_plan
 from vlm_budget.registry import PRUNERS
 from vlm_budget.search import autotune as module
+from vlm_budget.search.data import prepare
 from vlm_budget.search.front import Front, Point
-from vlm_budget.search.judge import Score
+from vlm_budget.search.judge import Judge, Score
+from vlm_budget.search.metrics import Metric
 
 from .conftest import Case
 
@@ -107,11 +119,103 @@ def test_the_model_is_left_as_it_was(case: Case) -> None:
         ({"budgets": []}, "nothing to try"),
         ({"timed": 0}, "timed must be"),
         ({"repeats": True}, "repeats must be"),
+        ({"batch": 0}, "batch must be a number from 1 on, got 0"),
+        ({"max_spread": 0}, "max_spread must be"),
+        ({"budgets": None}, "budgets must be a list, got None"),
+        ({"budgets": {"a": 0.1}}, "budgets must be a list"),
+        ({"methods": 5}, "methods must be a list, got 5"),
+        ({"journal": 5}, "journal must be a path"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(case: Case, options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         vlm_budget.autotune(case.model, case.data, **{**QUICK, **options})
+
+
+@pytest.mark.parametrize(
+    ("budgets", "methods", "expected"),
+    [
+        (0.2, "random", [("random", "20%")]),
+        ("20%", ["random", "uniform"], [("random", "20%"), ("uniform", "20%")]),
+        (vlm_budget.Budget(0.5), PRUNERS.get("random")(seed=3), [("random", "50%")]),
+        (iter([9, 0.5]), iter(["uniform"]), [("uniform", "9 tokens"), ("uniform", "50%")]),
+    ],
+)
+def test_one_stands_for_a_list_of_one(case: Case, budgets: Any, methods: Any, expected: list[Any]) -> None:
+    front = vlm_budget.autotune(case.model, case.data, budgets=budgets, methods=methods, **QUICK)
+    assert [(point.name, point.budget) for point in front.points] == expected
+
+
+FACTS = ModelFacts("LlavaModel", "", 3, (1, 9))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe((("random", {"gone": 1}),), "20%", FACTS), "gone"),
+        (Recipe((("random", {}),), None, FACTS), "says no budget"),
+        (Recipe((("psigmoid", {}),), None, FACTS), "says no budget"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_refused(case: Case, recipe: Recipe, message: str) -> None:
+    with pytest.raises(VLMBudgetError, match=message):
+        vlm_budget.autotune(case.model, case.data, methods=recipe, **QUICK)
+
+
+@pytest.mark.parametrize("error", [LatencyError, MissingExtraError])
+def test_what_can_pass_is_not_remembered(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    options = {**QUICK, "budgets": [0.5], "methods": ["uniform", "random"], "journal": tmp_path / "points"}
+    real = Judge.plans
+
+    def fails(self: Judge, methods: Any, budget: Any) -> Any:
+        if "Uniform" in str(methods):
+            raise error("not calibrated")
+        return real(self, methods, budget)
+
+    monkeypatch.setattr(Judge, "plans", fails)
+    front = vlm_budget.autotune(case.model, case.data, **options)
+    assert [point.infeasible for point in front.points] == ["not calibrated", None]
+    monkeypatch.setattr(Judge, "plans", real)
+    again = vlm_budget.autotune(case.model, case.data, **options)
+    assert again.points[0].infeasible is None and again.points[0].share("flops") < 1
+    assert again.points[1] == front.points[1]
+
+
+def test_milliseconds_work_after_a_calibration(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_BUDGET_CACHE", str(tmp_path / "cache"))
+    options = {**QUICK, "budgets": ["1 s"], "methods": ["uniform"], "journal": tmp_path / "points"}
+    (missing,) = vlm_budget.autotune(case.model, case.data, **options).points
+    assert "calibrate" in (missing.infeasible or "")
+    vlm_budget.calibrate(case.model, longest=128, repeats=1)
+    (found,) = vlm_budget.autotune(case.model, case.data, **options).points
+    assert found.infeasible is None
+
+
+def test_choosing_is_charged_and_the_encoder_is_not(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Milliseconds are the language model's, with probes, selection and compaction; medians over measured rounds."""
+    judge = Judge(case.model, prepare(case.model, case.data), Metric("kl"))
+    rounds: dict[bool, Iterator[float]] = {full: iter([900.0, 10.0, 700.0, 30.0]) for full in (False, True)}
+
+    class Handle:
+        def __init__(self, full: bool) -> None:
+            self.full = full
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def report(self) -> Any:
+            parts = {"probe_ms": 4.0, "select_ms": 2.0, "compact_ms": 1.0} if not self.full else {}
+            rest = {"probe_ms": 0.0, "select_ms": 0.0, "compact_ms": 0.0, "encode_ms": 5000.0, "drop_ms": 3.0}
+            return SimpleNamespace(**{**rest, **parts, "prefill_ms": next(rounds[self.full])})
+
+    monkeypatch.setattr(module, "patch", lambda model, methods, budget: Handle(budget == vlm_budget.Budget(1.0)))
+    found = module._times(judge, Methods(PRUNERS.get("random")()), vlm_budget.Budget(0.5), timed=1, repeats=3)
+    assert found == {"ms": 30.0 + 7.0, "ms_full": 30.0}
 
 
 # --- the front ------------------------------------------------------------------------------------------------------
@@ -169,6 +273,60 @@ def test_a_saved_point_patches_the_model(case: Case, tmp_path: Path) -> None:
     with vlm_budget.patch(case.model, plan=file) as handle, torch.no_grad():
         case.model(**one)
     assert handle.report().plan.mean_tokens(3) / handle.report().plan.total == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_second_run_leaves_no_plan_of_the_first(tmp_path: Path) -> None:
+    first, second = made(point(0.9, 8, "hired"), point(0.5, 2)), made(point(0.9, 7, "random", "30%"))
+    first.save(tmp_path, picture=True)
+    mine = ["01_random_10pct.json", "notes.txt", "points.journal", "front.png.bak"]
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "02_hired_20pct.json").unlink()  # what is gone already is no fault
+    files = second.save(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*mine, "front.json", files[0].name])
+    assert [read_plan(file) for file in files] == list(second.recipes)
+    second.save(tmp_path, picture=True)
+    assert (tmp_path / "front.png").is_file()
+    second.save(tmp_path)
+    assert not (tmp_path / "front.png").exists()
+
+
+def test_only_files_of_the_folder_are_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "front"
+    made(point(0.9, 8)).save(folder)
+    names = ["../01_a.json", str(tmp_path / "01_a.json"), "notes.txt", "points.journal", 5, "01_gone.json"]
+    index = json.loads((folder / "front.json").read_text())
+    (folder / "front.json").write_text(json.dumps({**index, "files": names}))
+    kept = [tmp_path / "01_a.json", folder / "notes.txt", folder / "points.journal"]
+    for file in kept:
+        file.write_text("mine")
+    made(point(0.9, 8)).save(folder)
+    assert all(file.read_text() == "mine" for file in kept)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "5", '{"points": []}', "[" * 100_000])
+def test_a_front_json_of_something_else_is_not_overwritten(tmp_path: Path, text: str) -> None:
+    (tmp_path / "front.json").write_text(text)
+    with pytest.raises(OptionError, match="is no front of this library"):
+        made(point(0.9, 8)).save(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["front.json"]
+    assert (tmp_path / "front.json").read_text() == text
+
+
+def test_places_where_nothing_can_be_written_are_refused(tmp_path: Path) -> None:
+    front = made(point(0.9, 8))
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "front"):
+        with pytest.raises(OptionError, match="is a file; name a folder"):
+            front.save(folder)
+    with pytest.raises(OptionError, match=r"draws no '.foo' files; try .png, or one of"):
+        front.plot(tmp_path / "x.foo")
+    for path in (tmp_path, tmp_path / "no_such" / "x.png", tmp_path / "file" / "x.png"):
+        with pytest.raises(OptionError, match="name a file in a folder that is there"):
+            front.plot(path)
+    (tmp_path / "locked.png").symlink_to(tmp_path / "gone" / "x.png")
+    with pytest.raises(OptionError, match="cannot draw"):
+        front.plot(tmp_path / "locked.png")
 
 
 def test_the_picture_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,6 +75,15 @@ FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda one: one.update(pixel_values=one["pixel_values"][:1]), "prompt 1 does not fit the model"),
     (lambda one: one.update(answer="red"), "prompt 1 has its answer as text: pass the tokenizer"),
     (lambda one: one.update(answer=[0.5]), "prompt 1: an answer is text or token ids"),
+    (lambda one: one.update(answer=5), "prompt 1: an answer is text or token ids, .* got 5"),
+    (lambda one: one.update(answer=True), "prompt 1: an answer is text or token ids, .* got True"),
+    (lambda one: one.update(answer={"a": 1}), "prompt 1: an answer is text or token ids"),
+    (lambda one: one.update(answer=[3, 10**6]), "prompt 1: its answer has token 1000000, .* vocabulary ends at"),
+    (lambda one: one.update(answer=[-1]), "prompt 1: its answer has token -1"),
+    (lambda one: one["input_ids"].view(-1)[:1].fill_(10**6), "prompt 1: its prompt has token 1000000"),
+    (lambda one: one.update(input_ids=one["input_ids"].float()), "prompt 1: input_ids must be whole numbers"),
+    (lambda one: one["pixel_values"].view(-1)[-1:].fill_(float("nan")), "prompt 1: pixel_values .* not finite"),
+    (lambda one: one["pixel_values"].view(-1)[:1].fill_(float("inf")), "prompt 1: pixel_values .* not finite"),
 ]
 
 
@@ -91,6 +101,26 @@ def test_an_empty_set_is_refused(idle: Case) -> None:
         prepare(idle.model, [])
     with pytest.raises(CalibrationError, match="prompt 0 is a str"):
         prepare(idle.model, ["a picture"])  # type: ignore[list-item]
+    with pytest.raises(CalibrationError, match="prompt 0 is an int"):
+        prepare(idle.model, [1])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"), [(None, "a NoneType"), ("calib.jsonl", "a str"), (5, "an int"), ({}, "a dict")]
+)
+def test_what_is_no_list_of_prompts_is_refused(idle: Case, data: Any, kind: str) -> None:
+    with pytest.raises(CalibrationError, match=f"calibration data is a list of prompts, .* got {kind}"):
+        prepare(idle.model, data)
+
+
+def test_a_generator_is_as_good_as_a_list(idle: Case) -> None:
+    assert prepare(idle.model, (one for one in idle.data)).hash == prepare(idle.model, idle.data).hash
+
+
+def test_answers_may_be_any_whole_numbers(idle: Case) -> None:
+    for answer in (torch.tensor([3, 4]), (3, 4), np.array([3, 4]), (token for token in (3, 4))):
+        idle.data[0]["answer"] = answer
+        assert prepare(idle.model, idle.data).examples[0].answer == (3, 4)
 
 
 def test_labels_are_asked_for_only_by_metrics_that_need_them(idle: Case) -> None:
@@ -146,7 +176,10 @@ GOOD = {"image": "0.png", "prompt": "what"}
         ([GOOD, {"image": "0.png"}], "line 2 has no 'prompt'"),
         ([{"prompt": "what"}], "line 1 has no 'image'"),
         ([GOOD, "{"], "line 2 is no calibration prompt"),
-        (["[1]"], "line 1 is no calibration prompt"),
+        (["[1]"], "line 1 is no calibration prompt: it is a list, not an object with prompt and image"),
+        (["[" * 100_000], "line 1 is no calibration prompt"),
+        ([{**GOOD, "answer": 5}], "line 1 is no calibration prompt: an answer is text or .* got 5"),
+        ([{**GOOD, "answer": True}], "line 1 is no calibration prompt: an answer is text or"),
         ([{"images": [], "prompt": "what"}], "line 1 is no calibration prompt"),
         ([{**GOOD, "prompt": 3}], "line 1 is no calibration prompt"),
         ([{**GOOD, "image": f"gone{i}.png"} for i in range(5)], r"missing: .*gone0\.png, .* and 2 more"),

@@ -97,8 +97,12 @@ def test_bayesian_search_asks_the_same_again() -> None:
 
 
 def test_a_missing_or_unknown_sampler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OptionError, match="'tpe' or 'gp', got 'cma'"):
-        greedy.new_study("cma", 0, "minimize")  # type: ignore[arg-type]
+    for unknown in ("cma", ["tpe"]):
+        with pytest.raises(OptionError, match="sampler must be 'tpe' or 'gp', got"):
+            greedy.new_study(unknown, 0, "minimize")  # type: ignore[arg-type]
+    for seed in (-1, 2**32, "a", True, 0.5):
+        with pytest.raises(OptionError, match="seed must be"):
+            greedy.new_study("tpe", seed, "minimize")  # type: ignore[arg-type]
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(MissingExtraError, match=r"optuna: pip install 'vlm-budget\[search\]'"):
         greedy.new_study("tpe", 0, "minimize")

@@ -79,6 +79,34 @@ def test_the_model_is_left_as_it_was(case: Case) -> None:
     assert [module.training for module in case.model.modules()] == modes
 
 
+def test_a_set_that_the_full_model_gets_all_wrong_is_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every schedule would be as good, and the one that drops everything the best."""
+    prompts = [{key: value for key, value in one.items() if key != "answer"} for one in case.data]
+    with torch.no_grad():
+        right = [int(case.model(**one).logits[0, -1].argmax()) for one in prompts]
+    wrong = next(token for token in range(60) if token not in right)
+    for one in case.data:
+        one["answer"] = [wrong]
+    judged: list[Any] = []
+    real = Judge._score
+    monkeypatch.setattr(Judge, "_score", lambda self, logits: judged.append(0) or real(self, logits))
+    searches: list[Any] = [
+        lambda: vlm_budget.gsearch(case.model, case.data, metric="accuracy", progress=False),
+        lambda: vlm_budget.gsearch(case.model, case.data, metric="accuracy", budget=0.9, progress=False),
+        lambda: vlm_budget.psigmoid(case.model, case.data, 0.8, metric="accuracy", trials=2, progress=False),
+        lambda: vlm_budget.autotune(
+            case.model, case.data, metric="accuracy", methods="uniform", budgets=0.5, progress=False
+        ),
+    ]
+    for search in searches:
+        judged.clear()
+        with pytest.raises(CalibrationError, match="expected answer to none of the 6 calibration prompts"):
+            search()
+        assert len(judged) == 1
+    case.data[0]["answer"] = [right[0]]  # one right answer is enough to begin
+    vlm_budget.gsearch(case.model, case.data, metric="accuracy", progress=False)
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "agreement", "kl"])
 def test_every_metric_is_judged_alike_in_batches_and_alone(case: Case, metric: str) -> None:
     calibration, measure = prepare(case.model, case.data), Metric(metric)  # type: ignore[arg-type]
@@ -115,6 +143,21 @@ def test_a_budget_below_the_first_layers_is_refused_before_the_model_runs(
     monkeypatch.setattr(Judge, "score", lambda *_: pytest.fail("the model ran"))
     with pytest.raises(BudgetError, match="nearest feasible budget is '66.67%'"):
         vlm_budget.gsearch(case.model, case.data, budget=0.5, progress=False)
+
+
+@pytest.mark.parametrize("budget", [0.1, "7 tokens", "11% flops", "12345 flops", "3% kv", "1.7 kB kv"])
+def test_the_nearest_budget_that_is_named_is_accepted(case: Case, budget: Any) -> None:
+    with pytest.raises(BudgetError) as caught:
+        vlm_budget.gsearch(case.model, case.data, budget=budget, progress=False)
+    nearest = str(caught.value).split("nearest feasible budget is '")[1].split("'")[0]
+    recipe = vlm_budget.gsearch(case.model, case.data, budget=nearest, progress=False)
+    assert recipe.spec[0][1]["rates"][:2] == (1.0, 1.0)
+
+
+def test_a_budget_never_raises_the_tolerance_above_all_quality(case: Case) -> None:
+    least = 0.3
+    recipe = vlm_budget.gsearch(case.model, case.data, budget="66.67%", tolerance=least, progress=False)
+    assert recipe.calibration is not None and least <= (recipe.calibration.tolerance or 0) <= 1
 
 
 def test_a_stopped_search_goes_on_without_judging_anything_twice(
@@ -179,11 +222,17 @@ def test_a_patched_model_is_refused(case: Case) -> None:
         vlm_budget.gsearch(case.model, case.data, progress=False)
 
 
-def test_logits_that_are_no_numbers_are_refused(case: Case) -> None:
+@pytest.mark.parametrize(
+    "options", [{"metric": "kl"}, {}, {"answer_tokens": 2}, {"metric": "accuracy"}, {"metric": "accuracy", "batch": 1}]
+)
+def test_logits_that_are_no_numbers_are_refused(case: Case, options: dict[str, Any]) -> None:
+    """The most likely of NaNs is a token too, so all of them would agree."""
+    for one in case.data:
+        one["answer"] = [0]
     with torch.no_grad():
-        case.model.lm_head.weight.fill_(float("nan"))
+        case.model.lm_head.weight[1].fill_(float("nan"))
     with pytest.raises(CalibrationError, match="not finite"):
-        vlm_budget.gsearch(case.model, case.data, metric="kl", progress=False)
+        vlm_budget.gsearch(case.model, case.data, progress=False, **options)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +243,21 @@ def test_logits_that_are_no_numbers_are_refused(case: Case) -> None:
         ({"tolerance": float("nan")}, "tolerance must be a number above 0"),
         ({"metric": "bleu"}, "metric must be one of"),
         ({"queries": "all"}, "queries must be"),
+        ({"tolerance": "1%"}, "tolerance must be a number above 0"),
+        ({"tolerance": True}, "tolerance must be a number above 0"),
+        ({"tolerance": 5.0}, "share of the full model's agreement that may be lost, below 1"),
+        ({"search": "bayes", "evaluations": 0}, "evaluations must be a number from 1 on, got 0"),
+        ({"search": "bayes", "evaluations": -3}, "evaluations must be a number from 1 on, got -3"),
+        ({"search": "bayes", "sampler": []}, "sampler must be"),
+        ({"search": "bayes", "seed": -1}, "seed must be"),
+        ({"evaluations": 3}, "evaluations is for search='bayes'"),
+        ({"sampler": "gp"}, "sampler is for search='bayes'"),
+        ({"seed": 0}, "seed is for search='bayes'"),
+        ({"batch": 0}, "batch must be a number from 1 on, got 0"),
+        ({"batch": -1}, "batch must be a number from 1 on, got -1"),
+        ({"max_spread": float("nan")}, "max_spread must be a number from 1 on"),
+        ({"max_spread": "4"}, "max_spread must be a number from 1 on"),
+        ({"journal": 5}, "journal must be a path"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(case: Case, options: dict[str, Any], message: str) -> None:

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlm_budget.errors import JournalError
-from vlm_budget.search.journal import Journal
+from vlm_budget.errors import JournalError, OptionError
+from vlm_budget.search.journal import Journal, check_place
 
 MINE = {"model": "toy 1", "calibration": "abc", "metric": "accuracy"}
 
@@ -156,3 +157,98 @@ def test_a_killed_process_loses_no_evaluated_point(tmp_path: Path) -> None:
     for index in range(done):
         assert journal.remember({"rates": [index]}, never) == {"quality": index / 3}
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+# --- files of the user, and edits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"image": "a.png"}\n{"image": "b.png"}',  # no newline behind the last line
+        "one line",
+        "one line\n",
+        "{",
+        "first\n\0\0\n",
+        "[" * 100_000 + "\n",
+    ],
+)
+def test_a_file_of_the_user_is_never_changed(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    with pytest.raises(JournalError, match="is no search journal; it was left as it is"):
+        Journal(path, MINE)
+    if "\n" in text:
+        with pytest.raises(JournalError, match="is no search journal"):
+            check_place(path)
+    assert path.read_text() == text
+
+
+def test_a_torn_journal_of_another_search_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    filled(path)
+    path.write_bytes(path.read_bytes()[:-5])
+    before = path.read_bytes()
+    with pytest.raises(JournalError, match="its metric differs"):
+        Journal(path, {**MINE, "metric": "kl"})
+    with pytest.raises(JournalError, match="its model and metric differ"):
+        Journal(path, {**MINE, "metric": "kl", "model": "toy 2"})
+    assert path.read_bytes() == before
+
+
+def edited(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    lines = path.read_text().splitlines()
+    row = json.loads(lines[2])
+    change(row)
+    path.write_text("\n".join([*lines[:2], json.dumps(row), *lines[3:]]) + "\n")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: row["found"].update(quality=1.0),
+        lambda row: row.update(found={}),
+        lambda row: row.update(found=3),
+        lambda row: row.update(more=1),
+        *(lambda row, name=name: row.pop(name) for name in ("key", "point", "found", "checksum")),
+        dict.clear,
+    ],
+)
+def test_a_line_that_is_not_what_was_written_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    path = tmp_path / "j"
+    filled(path)
+    edited(path, lambda row: None)
+    assert len(Journal(path, MINE)) == 3
+    edited(path, change)
+    before = path.read_bytes()
+    with pytest.raises(JournalError, match="line 3 .*edited"):
+        Journal(path, MINE)
+    assert path.read_bytes() == before
+
+
+def test_a_journal_of_another_version_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    filled(path)
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1', 1))
+    with pytest.raises(JournalError, match="of this version, which is 2: it has version 1"):
+        Journal(path, MINE)
+
+
+def test_a_place_is_checked_without_touching_it(tmp_path: Path) -> None:
+    check_place(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    filled(tmp_path / "j")
+    before = (tmp_path / "j").read_bytes()
+    check_place(tmp_path / "j")
+    assert (tmp_path / "j").read_bytes() == before
+    with pytest.raises(JournalError, match="there is no folder"):
+        check_place(tmp_path / "no_such" / "j")
+    with pytest.raises(JournalError, match="cannot read journal"):
+        check_place(tmp_path)
+
+
+def test_what_is_no_path_is_refused() -> None:
+    with pytest.raises(OptionError, match="journal must be a path, got 5"):
+        Journal(5, MINE)  # type: ignore[arg-type]

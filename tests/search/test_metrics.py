@@ -1,5 +1,7 @@
 """Metrics against their formulas."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -42,3 +44,20 @@ def test_tolerance_is_a_share_of_the_quality_and_nats_for_kl() -> None:
 def test_what_is_no_metric_is_refused(name: str, tokens: int, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Metric(name, tokens)  # type: ignore[arg-type]
+
+
+def test_a_tolerance_is_a_share_below_one_and_any_number_of_nats() -> None:
+    assert Metric("accuracy").allowed(None) == 0.01
+    assert Metric("accuracy").allowed(0.999) == 0.999
+    assert Metric("kl").allowed(5) == 5.0
+    for value in (1, 1.0, 5.0):
+        for name in ("accuracy", "agreement"):
+            with pytest.raises(OptionError, match=f"share of the full model's {name} that may be lost, below 1"):
+                Metric(name).allowed(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), True, "1%", [0.1]])
+@pytest.mark.parametrize("name", ["accuracy", "kl"])
+def test_what_is_no_tolerance_is_refused(name: Any, value: Any) -> None:
+    with pytest.raises(OptionError, match="tolerance must be a number above 0"):
+        Metric(name).allowed(value)

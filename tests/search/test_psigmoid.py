@@ -102,6 +102,15 @@ def test_what_is_missing_is_said_before_the_model_runs(case: Case, monkeypatch: 
     monkeypatch.setattr(Judge, "score", lambda *_: pytest.fail("the model ran"))
     with pytest.raises(OptionError, match="trials must be a number from 1 on, got 0"):
         vlm_budget.psigmoid(case.model, case.data, 0.8, trials=0)
+    for options, message in (
+        ({"batch": 0}, "batch must be a number from 1 on, got 0"),
+        ({"max_spread": 0.5}, "max_spread must be"),
+        ({"seed": "a"}, "seed must be"),
+        ({"sampler": "cma"}, "sampler must be"),
+        ({"trials": True}, "trials must be"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            vlm_budget.psigmoid(case.model, case.data, 0.8, **options)  # type: ignore[arg-type]
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(MissingExtraError, match="optuna"):
         vlm_budget.psigmoid(case.model, case.data, 0.8)

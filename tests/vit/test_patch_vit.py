@@ -16,7 +16,14 @@ from tiny_vit import images, tiny_vit
 from vlm_budget.engine import vit
 from vlm_budget.engine.vit import is_vit, patch_vit, unpatch_vit
 from vlm_budget.engine.vit_hooks import BlockHooks
-from vlm_budget.errors import BudgetError, PatchError, SelectionError, UnknownNameError, UnsupportedModelError
+from vlm_budget.errors import (
+    BudgetError,
+    OptionError,
+    PatchError,
+    SelectionError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
 from vlm_budget.pruners.tome import ToMe
 from vlm_budget.registry import VIT_METHODS
 from vlm_budget.vit import Reduced, VitContext, VitMethod
@@ -307,6 +314,37 @@ def test_the_verbs_of_the_library_take_a_vision_transformer() -> None:
         assert str(handle.method) == "VitTokenTransforming(self_weight=0.5)"
 
 
+@pytest.mark.parametrize("beside", [{"plan": "x"}, {"positions": "packed"}])
+def test_what_is_for_vlms_is_refused_by_the_verb_too(beside: dict) -> None:
+    model = tiny_vit()
+    before = fingerprint(model)
+    with pytest.raises(OptionError, match="is for VLMs"):
+        vlm_budget.patch(model, "tome", ratio=0.5, **beside)
+    assert changes(before, fingerprint(model)) == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_ratio_out_of_reach_names_one_that_runs(name: str) -> None:
+    model = tiny_vit(5)
+    pixels = images(model)
+    with patch_vit(model, name, ratio=0.001), pytest.raises(BudgetError, match=r"nearest feasible") as caught:
+        model(pixels)
+    ratio = float(str(caught.value).rsplit("(or ", 1)[1].split(")")[0])
+    tokens = int(str(caught.value).rsplit(" is ", 1)[1].split()[0])
+    for spend in ({"ratio": ratio}, {"budget": tokens}):
+        with patch_vit(model, name, **spend) as handle:
+            model(pixels)
+            assert handle.report().kept_tokens == tokens
+
+
+def test_a_handle_says_what_it_is() -> None:
+    model = tiny_vit()
+    handle = patch_vit(model, "tome", ratio=0.5)
+    assert repr(handle) == "<VitHandle ToMe() at 50% on VisionTransformer, active>"
+    handle.undo()
+    assert repr(handle) == "<VitHandle ToMe() at 50% on VisionTransformer, undone>"
+
+
 def test_a_budget_may_be_said_in_three_ways() -> None:
     model = tiny_vit(5)
     pixels = images(model)
@@ -322,6 +360,8 @@ def test_a_budget_may_be_said_in_three_ways() -> None:
     ("arguments", "error", "message"),
     [
         (("tome",), BudgetError, "needs a ratio"),
+        (("tome", 0.5, {"plan": "x"}), OptionError, "plan='x' is for VLMs"),
+        (("tome", 0.5, {"positions": "packed"}), OptionError, "positions='packed' is for VLMs"),
         (("tome", 0.5, {"ratio": 0.5}), BudgetError, "not both"),
         (("tome", 0.5, {"r": 3}), BudgetError, "without a budget"),
         (("tome", None, {"ratio": 0}), BudgetError, r"\(0, 1\]"),

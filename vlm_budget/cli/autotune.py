@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,8 @@ from .search import (
     MetricOption,
     ModelArgument,
     SpreadOption,
+    check_apart,
+    check_judging,
     load_both,
     say_stopped,
 )
@@ -66,18 +69,20 @@ def autotune(
       vlm-budget autotune ./my-llava --data calib.jsonl --methods hired,fastv,hired+fastv --budgets 10%,20%
     """
     spends = [Budget.parse(text.strip()) for text in budgets.split(",") if text.strip()]
-    if out.exists() and not out.is_dir():
-        raise OptionError(f"--out {str(out)!r} is a file; name a folder")
     if plot:
         _require_matplotlib()
     candidates = None if methods is None else [_candidate(text) for text in methods.split(",") if text.strip()]
-    out.mkdir(parents=True, exist_ok=True)
     points = journal or out / "points.journal"
-
-    loaded, prompts = load_both(model, data, device, dtype, debug)
+    check_apart(data, {"--journal": points})
 
     from ..search.autotune import autotune as tune
+    from ..search.autotune import read_tries
+    from ..search.front import earlier_files
 
+    read_tries(candidates, spends)
+    _make_folder(out, earlier_files)
+    check_judging(metric, answer_tokens, points)
+    loaded, prompts = load_both(model, data, device, dtype, debug, labelled=metric is MetricChoice.accuracy)
     try:
         front = tune(
             loaded.model,
@@ -95,9 +100,7 @@ def autotune(
         )
     except KeyboardInterrupt:
         say_stopped(points)
-    files = front.save(out)
-    if plot and files:
-        front.plot(out / "front.png")
+    files = front.save(out, picture=plot)
     if as_json:
         print_json({"command": "autotune", "model": loaded.facts(), "files": list(map(str, files)), **front.to_dict()})
         return
@@ -112,6 +115,19 @@ def autotune(
 def _candidate(text: str) -> str | list[str]:
     names = [name.strip() for name in text.split("+")]
     return names[0] if len(names) == 1 else names
+
+
+def _make_folder(out: Path, check: Callable[[Path], object]) -> None:
+    """Before an hour of work, not after it.
+
+    Raises:
+        OptionError: No front can be written there.
+    """
+    try:
+        check(out)
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, OptionError) as error:
+        raise OptionError(f"--out {str(out)!r}: {error}") from error
 
 
 def _require_matplotlib() -> None:

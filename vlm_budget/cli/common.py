@@ -44,18 +44,33 @@ class Positions(str, Enum):
 
 _HOW, _WHERE = "What to do", "Where and how to run"
 MethodOption = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--method", "-m", help="Pruning method; see [bold]vlm-budget list methods[/bold].", rich_help_panel=_HOW
+        "--method",
+        "-m",
+        help="Pruning method, see [bold]vlm-budget list methods[/bold]; '+' joins one before the language model and "
+        "one inside it, as in hired+fastv.",
+        show_default="hired",
+        rich_help_panel=_HOW,
     ),
 ]
 BudgetOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--budget",
         "-b",
         help="What to keep of each prompt's visual tokens: a share (0.2, 20%) or a number (128, '128 tokens'); or what "
-        "a prompt may cost the language model: '40% flops', '80 ms', '50% ms', '200 MB kv'.",
+        "a prompt may cost the language model: '40% flops', '80 ms', '50% ms', '200 MB kv'. None where the method's "
+        "options alone say what stays.",
+        show_default="20%",
+        rich_help_panel=_HOW,
+    ),
+]
+PlanOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        help="Instead of method, budget and options: a recipe that [bold]vlm-budget search[/bold] or autotune wrote.",
         rich_help_panel=_HOW,
     ),
 ]
@@ -65,7 +80,8 @@ FieldOption = Annotated[
         "--option",
         "-o",
         metavar="KEY=VALUE",
-        help="A field of the method, repeatable; see [bold]vlm-budget explain METHOD[/bold].",
+        help="A field of the method, repeatable; see [bold]vlm-budget explain METHOD[/bold]. Where both of two methods "
+        "have it, say whose: fastv.positions=packed.",
         rich_help_panel=_HOW,
     ),
 ]

@@ -14,7 +14,6 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..budget import Budget
 from .common import (
     BudgetOption,
     DebugOption,
@@ -27,6 +26,7 @@ from .common import (
     MethodOption,
     ModelOption,
     OutOption,
+    PlanOption,
     PositionsOption,
     check_out,
     clean,
@@ -75,9 +75,10 @@ class Asked:
 @clean
 def demo(
     model: ModelOption = "nano-robust",
-    method: MethodOption = "hired",
-    budget: BudgetOption = "20%",
+    method: MethodOption = None,
+    budget: BudgetOption = None,
     option: FieldOption = None,
+    plan: PlanOption = None,
     positions: PositionsOption = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=999, help="Which of the held-out posters.")] = 22,
     pages: Annotated[
@@ -108,28 +109,32 @@ def demo(
 
       vlm-budget demo --model nano --option newline=keep_all
 
+      vlm-budget demo --method hired+fastv --budget 50%
+
       vlm-budget demo --model llava-hf/llava-v1.6-vicuna-7b-hf
     """
-    spend = Budget.parse(budget)
+    from .options import Wanted
+
+    wanted = Wanted.read(method, option, budget, plan)
     check_out(out)
 
     from ..prompts import build_inputs
     from .compare import Setting, compare
     from .loading import NANO, load
-    from .options import build_pruner
     from .progress import runs, steps
-    from .show import save_kept, short
+    from .show import save_kept
 
     stderr = err_console()
     with steps(stderr, 6) as step:
         step("reading the method")
-        pruner = build_pruner(method, option or [])
+        methods = wanted.methods()
+        spend = wanted.spend(methods)
         loaded = load(model, device.value, dtype.value, step, debug)
         step("drawing posters")
         counted_pages = pages if pages is not None else _PAGES * loaded.shipped
         samples = importlib.import_module(f"{NANO}.data").test_set(max(seed + 1, counted_pages))
     place = positions.value if positions else "original" if loaded.shipped else None
-    setting = Setting(pruner, spend, place, max_new_tokens, repeats)
+    setting = Setting(methods, spend, place, max_new_tokens, repeats, wanted.recipe)
     sample, asked = samples[seed], []
     batches = make_batches(samples[:counted_pages], _BATCH if loaded.shipped else 1)
     with runs(stderr, setting.runs * len(sample.questions) + 2 * len(batches)) as bar:
@@ -139,7 +144,7 @@ def demo(
             asked.append(Asked(question.prompt, question.answer, comparison, loaded.shipped))
         accuracy = {"posters": counted_pages, **held_out(loaded, batches, setting, bar)} if counted_pages else None
     kept = asked[0].comparison.kept
-    save_kept(out, [sample.image], kept, f"{short(pruner)} at {spend}", [f"poster {seed}"])
+    save_kept(out, [sample.image], kept, setting.title, [f"poster {seed}"])
     if as_json:
         print_json(_facts(loaded, setting, seed, asked, accuracy, out))
     else:
@@ -169,15 +174,19 @@ def held_out(
     import torch
 
     from ..prompts import build_inputs
+    from .compare import FULL
 
     found = {"questions": sum(map(len, batches)), "right_full": 0, "right_pruned": 0}
     for batch in batches:
         images, questions = zip(*batch, strict=True)
         prompts = [question.prompt for question in questions]
         inputs = build_inputs(loaded.processor, prompts, [[image] for image in images], loaded.model)
-        for name, budget in (("right_full", Budget(1.0)), ("right_pruned", setting.budget)):
-            runs.begin(f"more posters at {budget}")
-            with setting.patch(loaded.model, budget), torch.inference_mode():
+        for name, label, patch in (
+            ("right_full", FULL, setting.patch_full),
+            ("right_pruned", setting.name, setting.patch),
+        ):
+            runs.begin(f"more posters, {label}")
+            with patch(loaded.model), torch.inference_mode():
                 ids = loaded.model.generate(**inputs, max_new_tokens=setting.max_new_tokens, do_sample=False)
             runs.end()
             new = ids[:, inputs["input_ids"].shape[1] :]
@@ -210,8 +219,8 @@ def _facts(
     return {
         "command": "demo",
         "model": loaded.facts(),
-        "method": str(setting.pruner),
-        "budget": str(setting.budget),
+        "method": str(setting.methods),
+        "budget": None if setting.budget is None else str(setting.budget),
         "seed": seed,
         "repeats": setting.repeats,
         "questions": [
@@ -240,17 +249,19 @@ def _show(
     accuracy: dict[str, Any] | None,
     out: Path,
 ) -> None:
-    from .show import short, times_table
+    from .compare import FULL
+    from .show import times_table
 
-    budget = str(setting.budget)
     full, pruned = mean_sides(asked)
     size = sum(parameter.numel() for parameter in loaded.model.parameters()) / 1e6
     kind, where = type(loaded.model).__name__, f"{loaded.device}, {loaded.dtype}"
-    method = f"{short(setting.pruner)} at {budget}, {asked[0].comparison.positions} positions"
+    method = f"{setting.title}, {asked[0].comparison.positions} positions"
     console.print(Text.assemble((loaded.name, "bold"), f": {kind}, {size:.3g} M parameters, {where}"))
     console.print(Text.assemble((method, "bold"), "\n"))
     table = Table(title=f"Poster {seed}, unseen in training", title_justify="left", header_style="bold")
-    tokens = [f"{name}: {side.visual_tokens:.0f} tokens" for name, side in (("100%", full), (budget, pruned))]
+    inside = " a layer" * (pruned.mean_tokens != pruned.visual_tokens)
+    columns = ((FULL, full), (setting.name, pruned))
+    tokens = [f"{name}: {side.mean_tokens:.0f} tokens{inside}" for name, side in columns]
     for name in ("question", "truth", *tokens):
         table.add_column(name, overflow="fold")
     for a in asked:
@@ -258,14 +269,14 @@ def _show(
         table.add_row(Text(a.question), Text(a.truth), *answers)
     console.print(table)
     console.print()
-    console.print(times_table(full, pruned, f"Means over the {len(asked)} questions", budget))
+    console.print(times_table(full, pruned, f"Means over the {len(asked)} questions", setting.name))
     console.print()
     if accuracy:
         count = accuracy["questions"]
         shares = [f"[bold]{accuracy[name] / count:.0%}[/bold]" for name in ("right_full", "right_pruned")]
         console.print(
             f"Over {accuracy['posters']} unseen posters with {count} questions: {shares[0]} right with all tokens, "
-            f"{shares[1]} at {budget}."
+            f"{shares[1]} {'pruned' if setting.budget is None else f'at {setting.budget}'}."
         )
     console.print(Text.assemble("What was kept: ", (str(out), "bold"), "\n"))
     if loaded.shipped:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from ..budget import Budget
 from .common import (
     BudgetOption,
     DebugOption,
@@ -22,6 +21,7 @@ from .common import (
     MethodOption,
     ModelOption,
     OutOption,
+    PlanOption,
     PositionsOption,
     check_out,
     clean,
@@ -41,9 +41,10 @@ def run(
         str, typer.Option("--prompt", "-p", help="The question. Text with image tokens is taken as the whole prompt.")
     ] = "Describe the picture.",
     model: ModelOption = "nano",
-    method: MethodOption = "hired",
-    budget: BudgetOption = "20%",
+    method: MethodOption = None,
+    budget: BudgetOption = None,
     option: FieldOption = None,
+    plan: PlanOption = None,
     positions: PositionsOption = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 32,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured rounds.")] = 3,
@@ -65,11 +66,14 @@ def run(
 
       vlm-budget run a.png b.png -p "What changed?" --model ./my-qwen2.5-vl --budget "256 tokens" --out changed.png
 
-      vlm-budget run photo.jpg --method hired --option alpha=0.3 --json > result.json
+      vlm-budget run photo.jpg --method hired+fastv --option alpha=0.3 --option k=3 --json > result.json
+
+      vlm-budget run photo.jpg --model ./my-llava --plan plan.json
     """
     from ..images import load_image
+    from .options import Wanted
 
-    spend = Budget.parse(budget)
+    wanted = Wanted.read(method, option, budget, plan)
     check_out(out)
     files = images or []
     pictures = [load_image(file) for file in files]
@@ -77,34 +81,36 @@ def run(
     from ..prompts import build_inputs
     from .compare import Setting, compare
     from .loading import load
-    from .options import build_pruner
     from .progress import runs, steps
-    from .show import print_comparison, save_kept, short
+    from .show import print_comparison, save_kept
 
     stderr = err_console()
     with steps(stderr, 5) as step:
         step("reading the method")
-        pruner = build_pruner(method, option or [])
+        methods = wanted.methods()
+        spend = wanted.spend(methods)
         loaded = load(model, device.value, dtype.value, step, debug)
 
     import torch
 
     torch.manual_seed(seed)
-    setting = Setting(pruner, spend, positions.value if positions else None, max_new_tokens, repeats)
+    place = positions.value if positions else None
+    setting = Setting(methods, spend, place, max_new_tokens, repeats, wanted.recipe)
     inputs = build_inputs(loaded.processor, [prompt], [pictures], loaded.model)
     with runs(stderr, setting.runs) as bar:
         comparison = compare(loaded, inputs, setting, bar)
     drawn = not comparison.text_only
     if drawn:
         names = [Path(file).name for file in files]
-        save_kept(out, pictures, comparison.kept, f"{short(pruner)} at {spend}", names)
+        save_kept(out, pictures, comparison.kept, setting.title, names)
     if as_json:
         print_json(
             {
                 "command": "run",
                 "model": loaded.facts(),
-                "method": str(pruner),
-                "budget": str(spend),
+                "method": str(methods),
+                "budget": None if spend is None else str(spend),
+                "plan": None if plan is None else str(plan),
                 "prompt": prompt,
                 "images": [
                     {"file": file, "width": picture.width, "height": picture.height}
@@ -118,7 +124,7 @@ def run(
         )
         return
     console = out_console()
-    print_comparison(console, comparison, short(pruner), str(spend))
+    print_comparison(console, comparison, setting)
     where = f"{model} on {loaded.device}, {loaded.dtype}; {comparison.positions} positions"
     console.print(Text(where, "dim"))
     if drawn:
@@ -137,6 +143,7 @@ def kept_facts(kept: Sequence[KeptItem]) -> list[dict[str, Any]]:
                 "modality": item.modality,
                 "tokens": item.size,
                 "kept": len(entry.positions),
+                "steps": [{"layer": layer, "kept": len(left)} for layer, left in entry.steps],
                 "partitions": [
                     {
                         "kind": grid.kind,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from .common import print_json as write_json
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
+    from ..search.metrics import Metric
 
 STOPPED = 130  # what shells give a program that Ctrl-C ended
 
@@ -104,7 +106,7 @@ ToleranceOption = Annotated[
     float | None,
     typer.Option(
         "--tolerance",
-        help="gsearch: share of the unpruned quality that may be lost, nats for kl. Default 0.01, kl 0.02.",
+        help="gsearch: share of the unpruned quality that may be lost, below 1; nats for kl. Default 0.01, kl 0.02.",
         rich_help_panel=_WHAT,
     ),
 ]
@@ -126,17 +128,20 @@ def search(
     metric: MetricOption = MetricChoice.agreement,
     answer_tokens: AnswerTokensOption = 1,
     how: Annotated[
-        How, typer.Option("--search", help="gsearch: how a layer's rate is found.", rich_help_panel=_HOW)
-    ] = How.bisection,
+        How | None,
+        typer.Option("--search", help="gsearch: how a layer's rate is found. Default bisection.", rich_help_panel=_HOW),
+    ] = None,
     trials: TrialsOption = None,
     sampler: Annotated[
-        SamplerChoice, typer.Option("--sampler", help="Of optuna.", rich_help_panel=_HOW)
-    ] = SamplerChoice.tpe,
+        SamplerChoice | None, typer.Option("--sampler", help="Of optuna. Default tpe.", rich_help_panel=_HOW)
+    ] = None,
     queries: Annotated[
         QueriesChoice, typer.Option("--queries", help="Whose attention ranks the tokens.", rich_help_panel=_HOW)
     ] = QueriesChoice.instruction,
     max_spread: SpreadOption = 4.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of optuna.", rich_help_panel=_HOW)] = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Of optuna. Default 0.", rich_help_panel=_HOW)
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="The plan file to write.", rich_help_panel=_WHERE)] = Path(
         "plan.json"
     ),
@@ -161,32 +166,34 @@ def search(
     """
     spend = None if budget is None else Budget.parse(budget)
     check_file(out)
-    if method is Schedule.psigmoid and spend is None:
-        raise OptionError("--method psigmoid places its curve by a budget: pass --budget, such as --budget 0.3")
-    if method is Schedule.psigmoid and tolerance is not None:
-        raise OptionError("--tolerance is for gsearch; psigmoid keeps to its budget and loses what it must")
     points = journal or out.with_name(out.name + ".journal")
+    check_apart(data, {"--out": out, "--journal": points})
+    given = {"--search": how, "--tolerance": tolerance, "--trials": trials, "--sampler": sampler, "--seed": seed}
+    _check_method(method, spend, {name: value for name, value in given.items() if value is not None})
 
-    from ..search.gsearch import gsearch
+    from ..search.gsearch import gsearch, smallest_by
     from ..search.psigmoid import psigmoid
 
-    loaded, prompts = load_both(model, data, device, dtype, debug)
+    check_judging(metric, answer_tokens, points).allowed(tolerance)
+    optuna: dict[str, Any] = {"sampler": None if sampler is None else sampler.value, "seed": seed}
+    find: Any = gsearch
+    own: dict[str, Any] = {"search": (how or How.bisection).value, "evaluations": trials, "tolerance": tolerance}
+    if method is Schedule.psigmoid:
+        find, own = psigmoid, {"trials": trials}
+    smallest_by(own.get("search", "bayes"), evaluations=trials, **optuna)  # what is not installed is said here
+    passed = {name: value for name, value in {**own, **optuna}.items() if value is not None}  # else their defaults
+
+    loaded, prompts = load_both(model, data, device, dtype, debug, labelled=metric is MetricChoice.accuracy)
     common: dict[str, Any] = {
         "metric": metric.value,
         "answer_tokens": answer_tokens,
-        "sampler": sampler.value,
         "queries": queries.value,
         "journal": points,
         "tokenizer": loaded.processor.tokenizer,
         "batch": batch,
         "max_spread": max_spread,
-        "seed": seed,
+        **passed,
     }
-    find: Any = gsearch if method is Schedule.gsearch else psigmoid
-    if method is Schedule.gsearch:
-        common |= {"search": how.value, "evaluations": trials or 12, "tolerance": tolerance}
-    else:
-        common |= {"trials": trials or 40}
     try:
         recipe = find(loaded.model, prompts, budget=spend, **common)
     except KeyboardInterrupt:
@@ -198,15 +205,54 @@ def search(
     _show(recipe, out)
 
 
-def load_both(model: str, data: Path, device: Device, dtype: Dtype, debug: bool) -> tuple[Any, list[dict[str, Any]]]:
+def _check_method(method: Schedule, budget: Budget | None, given: Mapping[str, Any]) -> None:
+    """Refuse options that the chosen search would ignore.
+
+    Raises:
+        OptionError: An option of another search, or psigmoid without a budget.
+    """
+    if method is Schedule.psigmoid:
+        if budget is None:
+            raise OptionError("--method psigmoid places its curve by a budget: pass --budget, such as --budget 0.3")
+        if "--tolerance" in given:
+            raise OptionError("--tolerance is for gsearch; psigmoid keeps to its budget and loses what it must")
+        if "--search" in given:
+            raise OptionError("--search is for gsearch; psigmoid always searches by optuna")
+        return
+    if given.get("--search") is How.bayes:
+        return
+    for name in ("--trials", "--sampler", "--seed"):
+        if name in given:
+            raise OptionError(f"{name} is for --search bayes or --method psigmoid; bisection tries what it must")
+
+
+def check_judging(metric: MetricChoice, answer_tokens: int, journal: Path) -> Metric:
+    """How to judge, checked before a model loads.
+
+    Raises:
+        OptionError: Values that mean nothing, alone or together.
+        JournalError: No journal can be kept there.
+    """
+    from ..search.journal import check_place
+    from ..search.metrics import Metric
+
+    check_place(journal)
+    return Metric(metric.value, answer_tokens)
+
+
+def load_both(
+    model: str, data: Path, device: Device, dtype: Dtype, debug: bool, labelled: bool
+) -> tuple[Any, list[dict[str, Any]]]:
     """The model, and the calibration prompts as its inputs; the data's faults are said before the model loads."""
-    from ..search.data import load_jsonl, read_lines
+    from ..search.data import load_jsonl, read_lines, require_answers
     from .loading import load
     from .progress import steps
 
     with steps(err_console(), 6) as step:
         step("reading the calibration file")
-        read_lines(data)
+        rows = read_lines(data)
+        if labelled:
+            require_answers([answer for *_, answer in rows])
         loaded = load(model, device.value, dtype.value, step, debug)
         step("reading the pictures")
         return loaded, load_jsonl(data, loaded.processor, loaded.model)
@@ -222,6 +268,19 @@ def check_file(path: Path) -> None:
         raise OptionError(f"--out {str(path)!r} is a directory; name a file in it, such as plan.json")
     if not path.absolute().parent.is_dir():
         raise OptionError(f"--out {str(path)!r}: there is no folder {str(path.parent)!r}")
+
+
+def check_apart(data: Path, written: Mapping[str, Path]) -> None:
+    """Refuse to write over the calibration file, or two things into one file.
+
+    Raises:
+        OptionError: Two of the paths are the same file.
+    """
+    taken = {data.absolute().resolve(): "--data"}
+    for option, path in written.items():
+        other = taken.setdefault(path.absolute().resolve(), option)
+        if other != option:
+            raise OptionError(f"{option} {str(path)!r} is the file of {other}; name another")
 
 
 def say_stopped(journal: Path) -> None:

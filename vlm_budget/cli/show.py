@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,26 +12,20 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import OptionError
-from .compare import FULL, Comparison, Side, ratio
+from .compare import FULL, Comparison, Setting, Side, ratio
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..pruner import Pruner
     from ..report import KeptItem
 
 _LONG = 48  # an answer above this length gets lines of its own
 
 
-def short(pruner: Pruner) -> str:
-    """A method for a title: without the brackets of an empty configuration."""
-    return str(pruner).removesuffix("()")
-
-
-def comparison_table(comparison: Comparison, method: str, budget: str) -> Table:
+def comparison_table(comparison: Comparison, setting: Setting) -> Table:
     """Answers, tokens, times and cache of both sides, with ratios."""
     full, pruned = comparison.full, comparison.pruned
-    table = _table(f"{method} at {budget}", budget)
+    table = _table(setting.title, setting.name)
     if max(len(full.answer), len(pruned.answer)) <= _LONG:
         same = "same" if full.answer == pruned.answer else "differs"
         table.add_row(Text("answer", "bold"), Text(full.answer), Text(pruned.answer), same)
@@ -40,18 +35,18 @@ def comparison_table(comparison: Comparison, method: str, budget: str) -> Table:
     return table
 
 
-def times_table(full: Side, pruned: Side, title: str, budget: str) -> Table:
-    """Tokens, times and cache of two sides."""
-    table = _table(title, budget)
+def times_table(full: Side, pruned: Side, title: str, name: str) -> Table:
+    """Tokens, times and cache of two sides; the second column has the name."""
+    table = _table(title, name)
     for row in _rows(full, pruned):
         table.add_row(*row)
     return table
 
 
-def _table(title: str, budget: str) -> Table:
+def _table(title: str, pruned: str) -> Table:
     table = Table(title=Text(title), title_justify="left", header_style="bold")
     table.add_column("")
-    for name in (FULL, budget if budget != FULL else f"{FULL} again", "ratio"):
+    for name in (FULL, pruned if pruned != FULL else f"{FULL} again", "ratio"):
         table.add_column(name, justify="right", overflow="fold")
     return table
 
@@ -59,8 +54,10 @@ def _table(title: str, budget: str) -> Table:
 def _rows(full: Side, pruned: Side) -> list[tuple[str, str, str, str]]:
     rows = [("time to first token", *_numbers(full, pruned, "first_token_ms"))]
     if full.visual_tokens:
+        inside = ("  mean over the decoder layers", *_numbers(full, pruned, "mean_tokens", "{:,.4g}"))
         rows = [
             ("visual tokens", *_numbers(full, pruned, "visual_tokens", "{:,.0f}")),
+            *[inside] * (pruned.mean_tokens != pruned.visual_tokens),
             *rows,
             ("  vision tower", *_numbers(full, pruned, "encode_ms")),
             ("  selection", "-", f"{pruned.selection_ms:.2f} ms", ""),
@@ -77,16 +74,16 @@ def _rows(full: Side, pruned: Side) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def print_comparison(console: Console, comparison: Comparison, method: str, budget: str) -> None:
+def print_comparison(console: Console, comparison: Comparison, setting: Setting) -> None:
     """Answers, where they are long, and the table."""
     full, pruned = comparison.full, comparison.pruned
     if max(len(full.answer), len(pruned.answer)) > _LONG:
-        for name, side in ((FULL, full), (budget, pruned)):
+        for name, side in ((FULL, full), (setting.name, pruned)):
             console.print(Text.assemble((f"{name}: ", "bold"), side.answer))
             console.print()
-    console.print(comparison_table(comparison, method, budget))
+    console.print(comparison_table(comparison, setting))
     if comparison.promise is not None:
-        console.print(Text(f"{budget}: {comparison.promise}"))
+        console.print(Text(f"{setting.name}: {comparison.promise}"))
     for warning in comparison.warnings:
         console.print(Text(warning, "yellow"))
     if comparison.text_only:
@@ -98,15 +95,18 @@ def print_comparison(console: Console, comparison: Comparison, method: str, budg
 def save_kept(
     path: Path, pictures: Sequence[Image.Image], kept: Sequence[KeptItem], title: str, names: Sequence[str]
 ) -> None:
-    """Draw what was kept, and write it.
+    """Draw what was kept and write it; where tokens are dropped inside, what the last layers with any of them see.
 
     Raises:
         OptionError: The file cannot be written.
     """
     from ..picture import draw_kept
 
+    common = set.intersection(*({layer for layer, left in entry.steps if left} for entry in kept)) if kept else set()
+    last = max(common, default=0)
+    left = [replace(entry, positions=dict(entry.steps).get(last, entry.positions)) for entry in kept]
     try:
-        draw_kept(pictures, kept, title, names).save(path)
+        draw_kept(pictures, left, f"{title}, decoder layers from {last} on" if last else title, names).save(path)
     except OSError as error:
         raise OptionError(f"--out {str(path)!r} cannot be written: {error.strerror or error}") from error
 

@@ -117,7 +117,8 @@ class Chooser:
                 self.request.recipe.warn_if_far(sum(item.size for item in row))
         decoder: Any = self.family.language_model(self.base)
         cost: Cost = self.cost() if self.needs_text else _UNPRICED
-        plan = make_plan(self.request.methods, spend, layout, Facts(len(decoder.layers), text, cost))
+        first = max(1, self.family.deepstack_levels(self.base))
+        plan = make_plan(self.request.methods, spend, layout, Facts(len(decoder.layers), text, cost, first))
         if self.dropper is not None:
             self.dropper.check(plan)
         return plan

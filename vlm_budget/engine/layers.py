@@ -139,8 +139,8 @@ class LayerDropper:
             if layer < added:
                 raise PatchError(
                     f"the plan drops tokens at decoder layer {layer}, but {type(self.base).__name__} adds visual "
-                    f"features behind each of its first {added} layers. Start at layer {added} or later: with a fixed "
-                    "schedule say so in the method's fields, else give a larger budget."
+                    f"features behind each of its first {added} layers. Start at layer {added} or later: make the plan "
+                    "anew with handle.plan(**inputs), or let the method's schedule() begin there."
                 )
 
     def require_backend(self) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..budget import Budget
-from ..errors import BudgetError, PatchError, UnknownNameError, UnsupportedModelError
+from ..errors import BudgetError, OptionError, PatchError, UnknownNameError, UnsupportedModelError
 from ..registry import MERGES, PRUNERS, VIT_METHODS
 from ..vit import VitMethod, VitReport
 from .vit_hooks import BlockHooks, VitEngine
@@ -57,6 +57,11 @@ class VitHandle:
     def active(self) -> bool:
         """The patch is in place."""
         return bool(self._undo)
+
+    def __repr__(self) -> str:
+        """Method, budget, model and whether the patch is in place."""
+        at = "" if self.budget is None else f" at {self.budget}"
+        return f"<VitHandle {self.method}{at} on {type(self.model).__name__}, {'active' if self.active else 'undone'}>"
 
     def __enter__(self) -> VitHandle:
         return self
@@ -132,6 +137,8 @@ def patch_vit(
     budget: Budget | str | float | None = None,
     *,
     ratio: float | None = None,
+    plan: Any = None,
+    positions: Any = None,
     **options: Any,
 ) -> VitHandle:
     """Make a plain timm vision transformer go on with fewer and fewer patch tokens.
@@ -144,15 +151,22 @@ def patch_vit(
         budget: Patch tokens that leave the last block: a share (``0.5``, ``"50%"``) or a number (``72``). ``1.0``
             leaves the model bit-identical.
         ratio: The share, under the name the literature gives it.
+        plan: Only for VLMs, refused.
+        positions: Same.
         options: Fields of the method.
 
     Raises:
         UnsupportedModelError: Not such a model, or one whose blocks are built in another way.
         UnknownNameError: Unknown method or option; the message suggests.
         BudgetError: Not a budget, none where one is needed, or one too many.
-        OptionError: An option's value is not usable.
+        OptionError: An option's value is not usable, or is for VLMs only.
         PatchError: The combination cannot work.
     """
+    for name, value in (("plan", plan), ("positions", positions)):
+        if value is not None:
+            raise OptionError(
+                f"{name}={value!r} is for VLMs; a plain vision transformer takes a ratio or a budget, such as ratio=0.5"
+            )
     chosen = _method(method, options)
     spend = _budget(chosen, budget, ratio)
     _check_model(model, chosen)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..budget import Budget
-from ..errors import PatchError, SelectionError
+from ..errors import InfeasibleBudgetError, PatchError, SelectionError
 from ..vit import BlockTokens, VitContext, VitMethod, VitReport, weighted_pool
 from .clock import Interval, total_ms
 from .local import CallLocal, RunningThreads
@@ -109,7 +109,7 @@ class VitEngine:
                 "under torch.no_grad()"
             )
         blocks = len(self.model.blocks)
-        keep = None if self.budget is None else self.budget.tokens(tokens)
+        keep = None if self.budget is None else self._keep(tokens)
         schedule = tuple(self.method.schedule(tokens, keep, blocks))
         counts = [tokens, *schedule]
         falling = all(1 <= after <= before for before, after in zip(counts, schedule, strict=False))
@@ -117,6 +117,15 @@ class VitEngine:
             raise SelectionError(f"{self.method} promised to go from {tokens} to {keep} tokens, and planned {schedule}")
         self.running.enter()
         self.local.now = Pass(schedule, batch)
+
+    def _keep(self, tokens: int) -> int:
+        assert self.budget is not None
+        try:
+            return self.budget.tokens(tokens)
+        except InfeasibleBudgetError as error:
+            if error.nearest[0].amount == 1:  # less than one token: one must be in the method's reach to be named
+                self.method.schedule(tokens, 1, len(self.model.blocks))
+            raise
 
     def finish(self) -> None:
         """A pass has left the last block."""

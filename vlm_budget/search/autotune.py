@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..budget import Budget
-from ..errors import BudgetError, MissingExtraError, OptionError, PatchError, UnsupportedModelError
+from ..errors import (
+    BudgetError,
+    LatencyError,
+    MissingExtraError,
+    OptionError,
+    PatchError,
+    PlanError,
+    UnsupportedModelError,
+)
 from ..machine import device_name
 from ..methods import MethodLike, configured, resolve_methods
 from ..patching import patch
 from ..planning import Methods
+from ..pruner import Pruner
 from ..recipe import Recipe, spec_of
 from ..registry import PRUNERS
+from .checks import check_running, listed, whole
 from .data import prepare
 from .front import Front, Point
 from .journal import Found, Journal
@@ -29,15 +40,19 @@ from .progress import bar
 Candidate = MethodLike | Sequence[MethodLike] | Recipe
 BUDGETS = (0.1, 0.2, 0.3, 0.5)
 # What a method cannot do on this model or within this budget; any other error is a fault, and rises.
-_UNFIT = (BudgetError, PatchError, OptionError, UnsupportedModelError, MissingExtraError)
+_UNFIT = (BudgetError, PatchError, OptionError, UnsupportedModelError)
+# What it cannot do today: after `calibrate` or `pip install` it can, so a journal must not remember it.
+_PASSING = (LatencyError, MissingExtraError)
+
+Try = tuple[Methods, Budget | None, Any]
 
 
 def autotune(
     model: Any,
-    data: Sequence[Mapping[str, Any]],
+    data: Iterable[Mapping[str, Any]],
     *,
-    budgets: Sequence[Budget | str | float] = BUDGETS,
-    methods: Sequence[Candidate] | None = None,
+    budgets: Budget | str | float | Iterable[Budget | str | float] = BUDGETS,
+    methods: str | Pruner | Recipe | Iterable[Candidate] | None = None,
     metric: MetricName = "agreement",
     answer_tokens: int = 1,
     timed: int = 3,
@@ -53,9 +68,9 @@ def autotune(
     Args:
         model: What :func:`vlm_budget.patch` takes, not patched. It is left as it was.
         data: Calibration prompts: the processor's tensors for one prompt each, and ``"answer"`` where there is a label.
-        budgets: What each method may spend.
-        methods: Names, configured instances, lists of two (one before the language model and one inside), or recipes,
-            which bring their own budget; all registered methods by default.
+        budgets: What each method may spend: one budget, or a list.
+        methods: One, or a list of names, configured instances, lists of two (one before the language model and one
+            inside), or recipes, which bring their own budget; all registered methods by default.
         metric: ``"accuracy"`` against labels, ``"agreement"`` with the full model's answers, or ``"kl"``.
         answer_tokens: Answer tokens that are judged.
         timed: Calibration prompts that are timed, the largest ones.
@@ -70,17 +85,15 @@ def autotune(
         All points, those that a method cannot do with the reason, and the Pareto front.
 
     Raises:
-        CalibrationError: The data cannot be used; said before the model runs.
+        CalibrationError: The data cannot be used, said before the model runs; or the full model gets all of it wrong.
         JournalError: The journal belongs to another run, or was begun on another machine.
-        OptionError: Nothing to try.
+        OptionError: Nothing to try, or an argument that means nothing.
+        PlanError: A recipe that no method can follow.
     """
     for name, value in (("timed", timed), ("repeats", repeats)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise OptionError(f"{name} must be a number from 1 on, got {value!r}")
-    spends = [Budget.parse(budget) for budget in budgets]
-    tries = _tries(PRUNERS.names() if methods is None else methods, spends)
-    if not tries:
-        raise OptionError("there is nothing to try: name methods and budgets")
+        whole(name, value)
+    check_running(batch, max_spread)
+    tries = read_tries(methods, budgets)
     measure = Metric(metric, answer_tokens)
     calibration = prepare(model, data, tokenizer=tokenizer, labelled=measure.labelled, max_spread=max_spread)
     judge = Judge(model, calibration, measure, batch)
@@ -91,7 +104,9 @@ def autotune(
         found = judge.score(None, None)
         return {"quality": found.mean, "se": found.se}
 
-    whole = Score(*known.remember({"methods": []}, full).values())
+    found = known.remember({"methods": []}, full)
+    unpruned = Score(found["quality"], found["se"])
+    judge.require_some_right(unpruned.mean)
     points = []
     with bar(len(tries), progress) as tick:
         for number, (acting, spend, spec) in enumerate(tries):
@@ -101,27 +116,57 @@ def autotune(
                 "budget": None if spend is None else str(spend),
                 "timed": [timed, repeats],
             }
-            found = known.remember(point, partial(_measured, judge, acting, spend, timed, repeats))
+            try:
+                found = known.remember(point, partial(_measured, judge, acting, spend, timed, repeats))
+            except _PASSING as reason:
+                found = _infeasible(reason)
             points.append(Point(tuple(map(tuple, spec)), point["budget"], **found))
-    facts = judge.calibration_facts(None, whole.mean, whole.mean)
-    return Front(tuple(points), whole, judge.model_facts, facts)
+    facts = judge.calibration_facts(None, unpruned.mean, unpruned.mean)
+    return Front(tuple(points), unpruned, judge.model_facts, facts)
 
 
-def _tries(candidates: Sequence[Candidate], budgets: Sequence[Budget]) -> list[tuple[Methods, Budget | None, Any]]:
-    """Methods, budget and plain description of all points."""
-    found = []
-    for candidate in candidates:
+def read_tries(methods: Any, budgets: Any) -> list[Try]:
+    """Methods, budget and plain description of all points.
+
+    Args:
+        methods: What :func:`autotune` takes; None for all registered ones.
+        budgets: Same.
+
+    Raises:
+        BudgetError: Not a budget.
+        OptionError: Nothing to try, or neither one nor several.
+        PatchError: Methods that do not go together.
+        PlanError: A recipe that no method can follow.
+        UnknownNameError: Unknown method.
+    """
+    spends = [Budget.parse(budget) for budget in listed("budgets", budgets, (Budget, str, Real))]
+    named = PRUNERS.names() if methods is None else listed("methods", methods, (str, Pruner, Recipe))
+    found: list[Try] = []
+    for candidate in named:
         if isinstance(candidate, Recipe):
-            methods = resolve_methods([configured(name, options) for name, options in candidate.methods()], {})
-            own = None if candidate.budget is None else Budget.parse(candidate.budget)
-            spends: Sequence[Budget | None] = [own]
-        else:
-            methods = resolve_methods(candidate, {})
-            alone = methods.vision is None and methods.decoder is not None and methods.decoder.fixed
-            spends = [None] if alone else budgets
-        spec = _spec(methods)
-        found += [(methods, spend, spec) for spend in spends]
+            found.append(_recipes_try(candidate))
+            continue
+        acting = resolve_methods(candidate, {})
+        own: list[Budget | None] = [None] if _alone(acting) else [*spends]
+        found += [(acting, spend, _spec(acting)) for spend in own]
+    if not found:
+        raise OptionError("there is nothing to try: name methods and budgets")
     return found
+
+
+def _recipes_try(recipe: Recipe) -> Try:
+    try:
+        methods = resolve_methods([configured(name, options) for name, options in recipe.methods()], {})
+    except TypeError as error:
+        raise PlanError(f"the recipe names an option that its method has not: {error}") from error
+    if recipe.budget is None and not _alone(methods):
+        raise PlanError(f"the recipe of {methods} says no budget, and its options do not say one either")
+    return methods, None if recipe.budget is None else Budget.parse(recipe.budget), _spec(methods)
+
+
+def _alone(methods: Methods) -> bool:
+    """The options alone say the schedule, so there is no budget to try."""
+    return methods.vision is None and methods.decoder is not None and methods.decoder.fixed
 
 
 def _spec(methods: Methods) -> Any:
@@ -134,9 +179,15 @@ def _measured(judge: Judge, methods: Methods, budget: Budget | None, timed: int,
         plans = judge.plans(methods, budget)
         score = judge.score(methods, budget)
         cost = {**judge.prices(plans), **_times(judge, methods, budget, timed, repeats)}
+    except _PASSING:
+        raise
     except _UNFIT as reason:
-        return {"infeasible": " ".join(str(reason).split())}
+        return _infeasible(reason)
     return {"quality": score.mean, "se": score.se, "cost": cost}
+
+
+def _infeasible(reason: Exception) -> Found:
+    return {"infeasible": " ".join(str(reason).split())}
 
 
 def _times(judge: Judge, methods: Methods, budget: Budget | None, timed: int, repeats: int) -> dict[str, float]:

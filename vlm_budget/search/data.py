@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Calibration:
 
 def prepare(
     model: Any,
-    data: Sequence[Mapping[str, Any]],
+    data: Iterable[Mapping[str, Any]],
     *,
     tokenizer: Any = None,
     labelled: bool = False,
@@ -90,23 +91,24 @@ def prepare(
         max_spread: How many times more visual tokens the largest prompt may have than the smallest.
 
     Raises:
-        CalibrationError: No data, a prompt without an image or a label, pixels that do not fit their prompt, or prompts
-            of too different sizes.
+        CalibrationError: No data, a prompt without an image or a label, pixels that do not fit their prompt or are not
+            finite, tokens that the model has not, or prompts of too different sizes.
     """
-    if not len(data):
-        raise CalibrationError("the calibration set is empty: nothing could be judged. Pass at least one prompt.")
+    prompts = _prompts(data)
     _, base, family = find_family(model)
+    config: Any = base.config
+    words, visual = int(config.get_text_config().vocab_size), list(family.token_ids(config).values())
     examples = []
-    for index, one in enumerate(data):
+    for index, one in enumerate(prompts):
         if not isinstance(one, Mapping):
-            raise CalibrationError(
-                f"calibration prompt {index} is a {type(one).__name__}, expected a mapping of inputs"
-            )
+            raise CalibrationError(f"calibration prompt {index} is {_a(one)}, expected a mapping of inputs")
         inputs = {name: value for name, value in one.items() if isinstance(value, torch.Tensor) and name != "answer"}
         ids = inputs.get("input_ids")
         if ids is None or ids.ndim != 2 or len(ids) != 1:
             shape = "missing" if ids is None else f"of shape {list(ids.shape)}"
             raise CalibrationError(f"calibration prompt {index}: input_ids must be [1, L], they are {shape}")
+        if ids.is_floating_point():
+            raise CalibrationError(f"calibration prompt {index}: input_ids must be whole numbers, they are {ids.dtype}")
         mask = inputs.get("attention_mask")
         if mask is not None and not bool(mask.bool().all()):
             raise CalibrationError(f"calibration prompt {index} is padded; pass every prompt on its own")
@@ -116,7 +118,9 @@ def prepare(
             raise CalibrationError(f"calibration prompt {index} does not fit the model: {error}") from error
         if not layout.rows[0]:
             raise CalibrationError(f"calibration prompt {index} has no image or video, so nothing could be pruned")
-        examples.append(Example(inputs, _answer(one.get("answer"), tokenizer, index), layout))
+        answer = _answer(one.get("answer"), tokenizer, index)
+        _check_numbers(inputs, answer, words, visual, index)
+        examples.append(Example(inputs, answer, layout))
     found = Calibration(tuple(examples))
     _check(found, labelled, max_spread)
     return found
@@ -168,16 +172,20 @@ def read_lines(path: Path) -> list[tuple[str, list[Path], Any]]:
             continue
         try:
             row = json.loads(line)
+            if not isinstance(row, dict):
+                raise TypeError(f"it is {_a(row)}, not an object with prompt and image")
             images = row["images"] if "images" in row else [row["image"]]
             prompt, answer = row["prompt"], row.get("answer")
             if not isinstance(prompt, str) or not isinstance(images, list) or not images:
                 raise TypeError("prompt is text, images is a list with at least one path")
+            if not isinstance(answer, str | list | None):
+                raise TypeError(f"an answer is text or a list of token ids, got {answer!r}")
             rows.append((prompt, [path.parent / str(image) for image in images], answer))
         except KeyError as error:
             raise CalibrationError(
                 f"{path.name} line {number} has no {error}; every line needs prompt and image"
             ) from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise CalibrationError(f"{path.name} line {number} is no calibration prompt: {error}") from error
     if not rows:
         raise CalibrationError(f"calibration file {str(path)!r} holds no prompts")
@@ -197,19 +205,72 @@ def _answer(answer: Any, tokenizer: Any, index: int) -> tuple[int, ...]:
                 f"calibration prompt {index} has its answer as text: pass the tokenizer, or token ids"
             )
         return tuple(tokenizer(answer.strip(), add_special_tokens=False)["input_ids"])
-    ids = answer.flatten().tolist() if isinstance(answer, torch.Tensor) else list(answer)
-    if any(not isinstance(token, int) or isinstance(token, bool) for token in ids):
-        raise CalibrationError(f"calibration prompt {index}: an answer is text or token ids, got {answer!r}")
-    return tuple(ids)
+    several = isinstance(answer, Iterable) and not isinstance(answer, Mapping | bytes)
+    ids = answer.flatten().tolist() if isinstance(answer, torch.Tensor) else list(answer) if several else [answer]
+    if not several or any(not isinstance(token, Integral) or isinstance(token, bool) for token in ids):
+        raise CalibrationError(
+            f"calibration prompt {index}: an answer is text or token ids, such as 'red' or [3, 4], got {answer!r}"
+        )
+    return tuple(int(token) for token in ids)
+
+
+def _prompts(data: Any) -> list[Any]:
+    """All prompts, also of a generator."""
+    if isinstance(data, Mapping | str | bytes) or not isinstance(data, Iterable):
+        raise CalibrationError(
+            f"calibration data is a list of prompts, each a mapping of the processor's tensors; got {_a(data)}"
+        )
+    prompts = list(data)
+    if not prompts:
+        raise CalibrationError("the calibration set is empty: nothing could be judged. Pass at least one prompt.")
+    return prompts
+
+
+def _a(value: Any) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _check_numbers(
+    inputs: Mapping[str, torch.Tensor], answer: Sequence[int], words: int, visual: Sequence[int], index: int
+) -> None:
+    """Tokens are in the vocabulary (or stand for a picture), and pixels are finite."""
+    ids = inputs["input_ids"]
+    strange = [token for token in ids.flatten().tolist() if not 0 <= token < words and token not in visual]
+    for what, tokens in (
+        ("its prompt", strange),
+        ("its answer", [token for token in answer if not 0 <= token < words]),
+    ):
+        if tokens:
+            raise CalibrationError(
+                f"calibration prompt {index}: {what} has token {tokens[0]}, but the model's vocabulary ends at "
+                f"{words - 1}. Is it another model's tokenizer?"
+            )
+    for name, value in inputs.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CalibrationError(f"calibration prompt {index}: {name} holds numbers that are not finite (NaN or inf)")
+
+
+def require_answers(answers: Sequence[Any]) -> None:
+    """Refuse prompts without a label.
+
+    Args:
+        answers: Of every prompt; empty or None where there is none.
+
+    Raises:
+        CalibrationError: Some prompt has none; the message names the first.
+    """
+    bare = [index for index, answer in enumerate(answers) if not answer]
+    if bare:
+        raise CalibrationError(
+            f"{len(bare)} of {len(answers)} calibration prompts have no answer, prompt {bare[0]} the first. "
+            "Label them, or use metric='agreement' or 'kl', which compare with the full model."
+        )
 
 
 def _check(found: Calibration, labelled: bool, max_spread: float) -> None:
-    bare = [index for index, example in enumerate(found.examples) if not example.answer]
-    if labelled and bare:
-        raise CalibrationError(
-            f"{len(bare)} of {len(found.examples)} calibration prompts have no answer, prompt {bare[0]} the first. "
-            "Label them, or use metric='agreement' or 'kl', which compare with the full model."
-        )
+    if labelled:
+        require_answers([example.answer for example in found.examples])
     least, most = min(found.tokens), max(found.tokens)
     if most > max_spread * least:
         raise CalibrationError(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 CostName = Literal["ms", "flops", "kv_bytes"]
+_INDEX, _PICTURE = "front.json", "front.png"
 _LABELS = {
     "ms": "time of the prompt behind the encoder, share of unpruned",
     "flops": "FLOPs of the language model over the prompt, share of unpruned",
@@ -126,33 +127,52 @@ class Front:
             "points": rows,
         }
 
-    def save(self, folder: str | Path) -> list[Path]:
+    def save(self, folder: str | Path, *, picture: bool = False) -> list[Path]:
         """Write ``front.json`` with all points, and one recipe per point of the front in measured time.
+
+        Files that an earlier ``front.json`` in the folder names are removed: its plans would be taken for these.
 
         Args:
             folder: Made if missing.
+            picture: Draw ``front.png`` too, where anything is feasible; see :meth:`plot`.
 
         Returns:
             The recipes' files, cheapest first.
+
+        Raises:
+            OptionError: The folder cannot be made, or holds a ``front.json`` of something else.
+            MissingExtraError: A picture without matplotlib.
         """
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "front.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        files = []
-        for number, recipe in enumerate(self.recipes, 1):
-            words = [*(name for name, _ in recipe.spec), recipe.budget or "fixed"]
-            stem = re.sub(r"[^a-z0-9.]+", "_", " ".join(words).lower().replace("%", "pct")).strip("_")
-            files.append(target / f"{number:02}_{stem}.json")
-            recipe.save(files[-1])
-        return files
+        earlier = earlier_files(target)
+        recipes = {
+            target / f"{number:02}_{_stem(recipe)}.json": recipe for number, recipe in enumerate(self.recipes, 1)
+        }
+        drawn = [target / _PICTURE] if picture and recipes else []
+        content = {**self.to_dict(), "files": [file.name for file in (*recipes, *drawn)]}
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            for file in earlier:
+                file.unlink(missing_ok=True)
+            (target / _INDEX).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            for file, recipe in recipes.items():
+                recipe.save(file)
+        except OSError as error:
+            raise OptionError(f"cannot save the front to {str(target)!r}: {error}") from error
+        for file in drawn:
+            self.plot(file)
+        return list(recipes)
 
     def plot(self, path: str | Path, cost: CostName = "ms") -> None:
         """Draw quality against cost, every method in a colour and shape of its own, the front as a line.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
-            OptionError: Unknown cost, or nothing feasible to draw.
+            OptionError: Unknown cost, nothing feasible to draw, or a place or ending that no picture can have.
         """
+        target = Path(path)
+        if target.is_dir() or not target.absolute().parent.is_dir():
+            raise OptionError(f"cannot draw {str(target)!r}: name a file in a folder that is there")
         front = self.pareto(cost)
         if not front:
             raise OptionError("there is nothing to draw: every point is infeasible")
@@ -161,6 +181,9 @@ class Front:
         except ImportError as error:
             raise MissingExtraError("drawing the front needs matplotlib: pip install 'vlm-budget[search]'") from error
         figure = Figure(figsize=(8, 5), layout="constrained")
+        formats = figure.canvas.get_supported_filetypes()
+        if target.suffix[1:].lower() not in ("", *formats):
+            raise OptionError(f"matplotlib draws no {target.suffix!r} files; try .png, or one of {', '.join(formats)}")
         axes = figure.add_subplot()
         names = dict.fromkeys(point.name for point in self.points if point.infeasible is None)
         for number, name in enumerate(names):
@@ -173,7 +196,10 @@ class Front:
         axes.set_xlabel(_LABELS[cost])
         axes.set_ylabel(f"{self.calibration.metric} on {self.calibration.size} prompts")
         axes.legend(fontsize="small", ncols=2)
-        figure.savefig(path)
+        try:
+            figure.savefig(target)
+        except OSError as error:
+            raise OptionError(f"cannot draw {str(target)!r}: {error}") from error
 
     def table(self) -> Table:
         """What could be measured as a rich table, best quality first; the front in bold."""
@@ -200,3 +226,30 @@ class Front:
             for point in self.points
             if point.infeasible is not None
         ]
+
+
+def earlier_files(folder: Path) -> list[Path]:
+    """What an earlier front left in a folder, by its ``front.json``, and nothing else that lies there.
+
+    Raises:
+        OptionError: The place is no folder, or its ``front.json`` is of something else, which must not be overwritten.
+    """
+    place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not place.is_dir():
+        raise OptionError(f"{str(place)!r} is a file; name a folder")
+    index = folder / _INDEX
+    if not index.exists():
+        return []
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        if not {"full", "model", "calibration", "points"} <= set(content):
+            raise ValueError("it has other fields")
+        names = [str(name) for name in content.get("files", [])]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise OptionError(f"{str(index)!r} is no front of this library ({error}); save to another folder") from error
+    return [folder / name for name in names if name == _PICTURE or re.fullmatch(r"\d+_[a-z0-9_.]+\.json", name)]
+
+
+def _stem(recipe: Recipe) -> str:
+    words = [*(name for name, _ in recipe.spec), recipe.budget or "fixed"]
+    return re.sub(r"[^a-z0-9.]+", "_", " ".join(words).lower().replace("%", "pct")).strip("_")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from ..errors import MissingExtraError, OptionError
+from .checks import check_seed
 
 Rates = tuple[float, ...]
 Smallest = Callable[[Callable[[int], bool], int], int]
@@ -98,8 +99,11 @@ def new_study(sampler: Sampler, seed: int, direction: Literal["minimize", "maxim
 
     Raises:
         MissingExtraError: optuna is not installed, or scipy for ``"gp"``.
-        OptionError: Unknown sampler.
+        OptionError: Unknown sampler, or no seed.
     """
+    if sampler not in ("tpe", "gp"):
+        raise OptionError(f"sampler must be 'tpe' or 'gp', got {sampler!r}")
+    check_seed(seed)
     try:
         import optuna
 
@@ -108,8 +112,6 @@ def new_study(sampler: Sampler, seed: int, direction: Literal["minimize", "maxim
     except ImportError as error:
         raise MissingExtraError(f"Bayesian search needs {error.name}: pip install 'vlm-budget[search]'") from error
     makers = {"tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}
-    if sampler not in makers:
-        raise OptionError(f"sampler must be 'tpe' or 'gp', got {sampler!r}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     chosen = makers[sampler](seed=seed, n_startup_trials=startup)
     return optuna.create_study(sampler=chosen, direction=direction)

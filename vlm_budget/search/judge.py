@@ -85,6 +85,23 @@ class Judge:
             "metric": str(self.metric),
         }
 
+    def require_some_right(self, full: float) -> None:
+        """Refuse data that say nothing about pruning: whatever a method loses, it could not be seen.
+
+        Args:
+            full: Quality of the unpruned model.
+
+        Raises:
+            CalibrationError: The unpruned model gets every prompt wrong.
+        """
+        if self.metric.name != "kl" and not full > 0:
+            size = len(self.calibration.examples)
+            raise CalibrationError(
+                f"the unpruned model gives the expected answer to none of the {size} calibration prompts, so no loss "
+                f"could be seen: its {self.metric} is {full:g}. Check the answers (their spelling, their first token, "
+                "the tokenizer), or use metric='agreement', which compares with the full model."
+            )
+
     def calibration_facts(self, tolerance: float | None, quality: float, full: float) -> CalibrationFacts:
         """The calibration, as a recipe names it."""
         data = self.calibration
@@ -165,14 +182,18 @@ class Judge:
         }
 
     def _score(self, logits: Sequence[torch.Tensor]) -> Score:
+        # The most likely of NaNs is a token like any other, so every pruning would agree with the full model.
+        if not all(bool(torch.isfinite(found).all()) for found in logits):
+            raise CalibrationError(
+                f"the metric {self.metric} cannot be judged: the model's logits are not finite numbers. Check weights "
+                "and number format; float16 overflows in some models where bfloat16 does not."
+            )
         values = [
             self.metric.value(row, expected)
             for rows, expecteds in zip(logits, self.reference, strict=True)
             for row, expected in zip(rows, expecteds, strict=True)
         ]
         mean = statistics.fmean(values)
-        if not torch.isfinite(torch.tensor(mean)):
-            raise CalibrationError(f"the metric {self.metric} is {mean}: the model's logits are not finite numbers")
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         return Score(mean, spread / len(values) ** 0.5)
 

@@ -6,12 +6,15 @@ forced, and each counts as found where the model would have chosen it: exactly w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from numbers import Real
+from typing import Any, Literal, get_args
 
 import torch
 
 from ..errors import OptionError
+from .checks import whole
 
 MetricName = Literal["accuracy", "agreement", "kl"]
 _TOLERANCES = {"accuracy": 0.01, "agreement": 0.01, "kl": 0.02}
@@ -35,8 +38,7 @@ class Metric:
         """Check name and tokens."""
         if self.name not in get_args(MetricName):
             raise OptionError(f"metric must be one of {', '.join(get_args(MetricName))}, got {self.name!r}")
-        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
-            raise OptionError(f"answer_tokens must be a number from 1 on, got {self.tokens!r}")
+        whole("answer_tokens", self.tokens)
         if self.name == "kl" and self.tokens != 1:
             raise OptionError("metric 'kl' looks at the first answer token only; use answer_tokens=1")
 
@@ -49,6 +51,24 @@ class Metric:
     def default_tolerance(self) -> float:
         """1 % of the full model's quality, or 0.02 nats (assumption A4, ours)."""
         return _TOLERANCES[self.name]
+
+    def allowed(self, tolerance: Any) -> float:
+        """The tolerance that was asked for; None is the default.
+
+        Raises:
+            OptionError: No number above 0; or, but for ``"kl"``, the whole quality, at which every schedule would do.
+        """
+        if tolerance is None:
+            return self.default_tolerance
+        number = isinstance(tolerance, Real) and not isinstance(tolerance, bool)
+        if not number or not math.isfinite(tolerance) or not tolerance > 0:
+            raise OptionError(f"tolerance must be a number above 0, such as 0.01, got {tolerance!r}")
+        if self.name != "kl" and tolerance >= 1:
+            raise OptionError(
+                f"tolerance is the share of the full model's {self.name} that may be lost, below 1 (0.01 is 1 %), got "
+                f"{tolerance!r}"
+            )
+        return float(tolerance)
 
     def floor(self, full: float, tolerance: float) -> float:
         """The least quality that is still good enough.

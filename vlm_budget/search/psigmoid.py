@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..budget import Budget
-from ..errors import BudgetError, OptionError
+from ..errors import BudgetError
 from ..planning import Methods
 from ..recipe import Recipe
 from ..registry import PRUNERS
+from .checks import check_running, whole
 from .data import prepare
 from .greedy import Sampler, new_study
 from .journal import Journal
@@ -107,8 +108,14 @@ class ShapeSearch:
         return self._remembered(point, self.methods(shape), self.budget)
 
     def full_quality(self) -> float:
-        """Quality of the unpruned model."""
-        return self._remembered({"rates": [1.0] * self.judge.layers, "queries": self.queries}, None, None)
+        """Quality of the unpruned model.
+
+        Raises:
+            CalibrationError: It gets every prompt wrong.
+        """
+        full = self._remembered({"rates": [1.0] * self.judge.layers, "queries": self.queries}, None, None)
+        self.judge.require_some_right(full)
+        return full
 
     def _remembered(self, point: Mapping[str, Any], methods: Methods | None, budget: Budget | None) -> float:
         def judged() -> dict[str, float]:
@@ -129,7 +136,7 @@ class ShapeSearch:
 
 def psigmoid(
     model: Any,
-    data: Sequence[Mapping[str, Any]],
+    data: Iterable[Mapping[str, Any]],
     budget: Budget | str | float,
     *,
     metric: MetricName = "agreement",
@@ -169,14 +176,15 @@ def psigmoid(
         The recipe: ``recipe.save("plan.json")``, then ``patch(model, plan="plan.json")``.
 
     Raises:
-        CalibrationError: The data cannot be used; said before the model runs.
+        CalibrationError: The data cannot be used, said before the model runs; or the full model gets all of it wrong.
+        OptionError: An argument that means nothing here.
         BudgetError: No curve keeps to the budget; the message names the nearest one.
         JournalError: The journal belongs to another search.
         MissingExtraError: optuna is not installed.
     """
     spend = Budget.parse(budget)
-    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
-        raise OptionError(f"trials must be a number from 1 on, got {trials!r}")
+    whole("trials", trials)
+    check_running(batch, max_spread)
     measure, default = Metric(metric, answer_tokens), PRUNERS.get("psigmoid")(queries=queries)
     new_study(sampler, seed, "maximize")  # what is missing is said before the model runs
     calibration = prepare(model, data, tokenizer=tokenizer, labelled=measure.labelled, max_spread=max_spread)

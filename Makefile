@@ -7,6 +7,7 @@ BIN    := .venv/bin
 CORE   := .venv/.core-installed
 DEV    := .venv/.dev-installed
 FLOOR  := .floor/.installed
+LMMS   := .lmms/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 # Two workers of one thread each; a bigger machine may say `make test WORKERS=8`.
@@ -19,7 +20,10 @@ FLOOR_PINS := transformers==4.57.1 tokenizers==0.22.1 huggingface_hub==0.36.0 \
               requests charset_normalizer urllib3 idna certifi
 FLOOR_TESTS ?= tests/contracts tests/core tests/pruners
 
-.PHONY: help setup lint type test test-floor test-gpu gpu bench docs demo clean
+# lmms-eval with the packages that its import needs and .[dev] lacks.
+LMMS_PINS := tests/eval/adapters/lmms_eval_requirements.txt
+
+.PHONY: help setup lint type test test-floor test-harness test-gpu gpu bench docs demo clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -42,6 +46,11 @@ $(FLOOR): Makefile $(DEV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .floor $(FLOOR_PINS)
 	@touch $@
 
+$(LMMS): $(LMMS_PINS) $(DEV)
+	rm -rf .lmms
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target .lmms -r $(LMMS_PINS)
+	@touch $@
+
 lint: $(DEV)  ## ruff, format, spelling, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,13 +65,18 @@ type: $(DEV)  ## mypy on the installed wheel, from outside the root
 	cd build/typed && MYPYPATH=. $(abspath $(BIN))/mypy --config-file ../../pyproject.toml \
 	    --cache-dir ../mypy-cache --package vlm_budget
 
-test: $(DEV)  ## all tests on the newest transformers, then the engine tests on the oldest
+test: $(DEV)  ## all tests on the newest transformers, then the engine tests on the oldest, and other harnesses
 	$(PYTEST) -n $(WORKERS)
 	$(MAKE) test-floor
+	$(MAKE) test-harness
 
 test-floor: $(FLOOR)  ## the engine tests on the oldest supported transformers
 	PYTHONPATH=.floor $(BIN)/python -c 'import transformers as t; assert t.__version__ == "4.57.1", t.__version__'
 	PYTHONPATH=$(CURDIR)/.floor $(PYTEST) -n $(WORKERS) $(FLOOR_TESTS)
+
+test-harness: $(LMMS)  ## the adapters under an installed lmms-eval
+	PYTHONPATH=.lmms $(BIN)/python -c 'import lmms_eval'
+	PYTHONPATH=$(CURDIR)/.lmms $(PYTEST) tests/eval/adapters
 
 test-gpu: $(DEV)  ## the tests that need a CUDA device, in .venv
 	$(BIN)/pytest -m gpu
@@ -93,5 +107,5 @@ demo: $(CORE)  ## install the small core and show what a budget does
 	$(BIN)/vlm-budget demo
 
 clean:  ## remove everything that a target made
-	rm -rf .venv .floor build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .floor .lmms build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -41,7 +41,9 @@ def worst(run: Run, tasks: Sequence[Task], each: int) -> list[tuple[Answer, Answ
             shared[one.task, one.sample] = shared.get((one.task, one.sample), 0) + 1
     found = []
     for place in sorted(lost):
-        ordered = sorted(lost[place], key=lambda pair: (-pair[0], -shared[pair[1].task, pair[1].sample], pair[1].sample))
+        ordered = sorted(
+            lost[place], key=lambda pair: (-pair[0], -shared[pair[1].task, pair[1].sample], pair[1].sample)
+        )
         found += [(one, full[one.task, one.sample]) for _, one in ordered[:each]]
     return found[:_IN_ALL]
 

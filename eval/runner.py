@@ -146,7 +146,9 @@ class Worker:
         self.task = task.name
         for one in members:
             if isinstance(one, Broken):
-                self._note(task, [Answer(task.name, one.id, cell, one.id, error=_line(one.error)) for cell in self.cells])
+                self._note(
+                    task, [Answer(task.name, one.id, cell, one.id, error=_line(one.error)) for cell in self.cells]
+                )
         owed: dict[tuple[str, ...], list[Cell]] = {}
         for cell in self.cells:
             ids = tuple(one.id for one in members if (task.name, one.id, cell) not in self.known)
@@ -286,6 +288,3 @@ def _told(error: Exception) -> str:
 def _line(text: str) -> str:
     """An error as one line of bounded length."""
     return " ".join(text.split())[:_LONGEST]
-
-
-

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_budget.errors import DataError, ImageError
-from vlm_budget.images import load_image
+from vlm_budget.errors import DataError
+from vlm_budget.images import decode_image, load_image, upright_rgb
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,15 +43,7 @@ class Picture:
         """
         if isinstance(self.source, Path):
             return load_image(self.source)
-        if isinstance(self.source, bytes):
-            from PIL import Image, UnidentifiedImageError
-
-            try:
-                with Image.open(io.BytesIO(self.source)) as image:
-                    return image.convert("RGB")
-            except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-                raise ImageError(f"picture {self.name!r} is damaged: {error}") from error
-        return self.source.convert("RGB")
+        return decode_image(self.source, self.name) if isinstance(self.source, bytes) else upright_rgb(self.source)
 
 
 @dataclass(frozen=True, eq=False)

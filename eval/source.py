@@ -63,7 +63,7 @@ class Source:
         raise DataError(f"{str(self.folder)!r} holds none of {', '.join(names)}: is it the dataset's own layout?")
 
     def rows(self, default_hub: str | None = None, default_split: str | None = None) -> Iterator[Mapping[str, Any]]:
-        """Rows of the dataset that ``datasets`` gives; pictures come decoded by Pillow or as bytes.
+        """Rows of the dataset that ``datasets`` gives; pictures come undecoded, as ``{"bytes", "path"}``.
 
         Raises:
             DataError: It is not there, or cannot be read.
@@ -80,6 +80,9 @@ class Source:
         split = self.split or default_split
         try:
             found = datasets.load_dataset(path, configuration or None, split=split)
+            for column, kind in found.features.items():
+                if isinstance(kind, datasets.Image):  # a damaged picture is its sample's fault, not the dataset's
+                    found = found.cast_column(column, datasets.Image(decode=False))
         except Exception as error:  # the library raises anything, and so do foreign files
             raise DataError(f"cannot load dataset {name!r}, split {split!r}: {_first_line(error)}") from error
         yield from found
@@ -93,7 +96,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {str(path)!r}: {_first_line(error)}") from error
 
 
@@ -130,7 +133,7 @@ def read_lines(path: Path) -> Iterator[Mapping[str, Any] | Broken]:
             row = json.loads(line.decode("utf-8"))
             if not isinstance(row, dict):
                 raise ValueError(f"a {type(row).__name__}, not an object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield Broken(f"{path.name} line {number}", f"no record: {_first_line(error)}")
             continue
         yield row

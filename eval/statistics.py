@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -96,12 +97,18 @@ def paired_bootstrap(
     if not first:
         return Comparison(float("nan"), float("nan"), float("nan"), float("nan"), 0)
     array, sums, sizes = _by_cluster([a - b for a, b in zip(first, second, strict=True)], clusters)
-    rng = np.random.default_rng(seed)
-    taken = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), draws)
+    taken = _draws(len(sums), draws, seed)
     found = taken @ sums / (taken @ sizes)
     low, high = np.quantile(found, [0.025, 0.975])
     beyond = min(float((found <= 0).mean()), float((found >= 0).mean()))
     return Comparison(float(array.mean()), float(low), float(high), min(1.0, 2 * beyond), len(array))
+
+
+@lru_cache(maxsize=8)
+def _draws(clusters: int, draws: int, seed: int) -> np.ndarray:
+    """[draws, clusters] float64, how often each cluster is drawn; the same for every comparison of one size."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(clusters, np.full(clusters, 1 / clusters), draws).astype(float)
 
 
 def _by_cluster(values: Sequence[float], clusters: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

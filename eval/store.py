@@ -178,8 +178,8 @@ def check_same(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     other = [name for name in ("model", "tasks", "cells", "data", "options") if known.get(name) != wanted.get(name)]
     if other:
         raise RunError(
-            f"the folder holds a run with another {' and another '.join(other)}; answers of the two would be mixed. Name "
-            "a new folder, or continue the old run with 'vlm-budget eval resume'."
+            f"the folder holds a run with another {' and another '.join(other)}; answers of the two would be mixed. "
+            "Name a new folder, or continue the old run with 'vlm-budget eval resume'."
         )
 
 
@@ -309,5 +309,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not isinstance(row, dict):
                 raise ValueError("no object")
         except ValueError as error:
-            raise RunError(f"line {number} of {str(path)!r} is damaged ({error}); its answers cannot be trusted") from None
+            raise RunError(
+                f"line {number} of {str(path)!r} is damaged ({error}); its answers cannot be trusted"
+            ) from None
         yield number, row

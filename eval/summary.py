@@ -34,7 +34,7 @@ class Result:
         figures: All figures by name.
         cost: Means per prompt: the answers' costs, and ``<stage>_ms`` where times are known; ``prefill_ms`` is the
             language model over the prompt with choosing and moving tokens, the vision encoder apart.
-        share: Of every cost, the share of the unpatched model's on the same samples.
+        share: Of every cost, the share of the unpatched model's: on the same samples; of times, over all of each.
         errors: Samples without an answer, by reason.
         minus_unpatched: Paired difference to the unpatched model; None where one of the two has no answers.
         minus_random: Paired difference to random tokens at the same budget.
@@ -72,7 +72,9 @@ class Summary:
         """Results by task and cell."""
         return {(one.task, one.cell): one for one in self.results}
 
-    def at_equal_cost(self, task: str, cost: str = "prefill_ms", shares: Sequence[float] = (0.2, 0.4, 0.6)) -> EqualCost:
+    def at_equal_cost(
+        self, task: str, cost: str = "prefill_ms", shares: Sequence[float] = (0.2, 0.4, 0.6)
+    ) -> EqualCost:
         """Every method's metric where it costs the same, between its measured budgets on a straight line.
 
         Outside the measured budgets nothing is said (None): a curve is not prolonged.
@@ -84,7 +86,9 @@ class Summary:
         """
         rows: dict[str, tuple[float | None, ...]] = {}
         for methods in dict.fromkeys(cell.methods for cell in self.cells if not cell.unpatched):
-            mine = [one for one in self.results if one.task == task and one.cell.methods == methods and cost in one.share]
+            mine = [
+                one for one in self.results if one.task == task and one.cell.methods == methods and cost in one.share
+            ]
             points = sorted((one.share[cost], one.main.mean) for one in mine if one.main.n)
             full = self.by_place.get((task, Cell()))
             if full is not None and full.main.n and points and points[-1][0] < 1:
@@ -194,7 +198,9 @@ def _result(
         share=share,
         errors=errors,
         minus_unpatched=None if cell.unpatched else _paired(done, full, task.metric),
-        minus_random=None if cell.methods in (UNPATCHED, "random") or cell.budget == FIXED else _paired(done, random, task.metric),
+        minus_random=None
+        if cell.methods in (UNPATCHED, "random") or cell.budget == FIXED
+        else _paired(done, random, task.metric),
     )
 
 
@@ -203,8 +209,8 @@ def _paired(first: Sequence[Answer], second: Sequence[Answer], metric: str) -> C
     pairs = [(one, other[one.sample]) for one in first if one.error is None and one.sample in other]
     if not pairs:
         return None
-    values = ([one.scores[metric] for one in side] for side in zip(*pairs, strict=True))
-    return paired_bootstrap(*values, [one.cluster for one, _ in pairs])
+    one, two = ([answer.scores[metric] for answer in side] for side in zip(*pairs, strict=True))
+    return paired_bootstrap(one, two, [answer.cluster for answer, _ in pairs])
 
 
 def _mean_costs(answers: Sequence[Answer]) -> dict[str, float]:

@@ -99,7 +99,7 @@ class Task:
             raise TaskError(f"task {self.name!r} names metric {self.metric!r}, its scores are {sorted(found)}")
         return found
 
-    def figures(self, rows: Sequence[tuple[Scores, Mapping[str, Any]]]) -> Scores:
+    def figures(self, rows: Sequence[tuple[Mapping[str, float], Mapping[str, Any]]]) -> Scores:
         """Figures over all samples: means of every score, then those of :attr:`summary`.
 
         Scores whose names begin with ``_`` are for :attr:`summary` alone.

@@ -27,7 +27,8 @@ def look_through(config: EvalConfig, pictures: bool = True) -> dict[str, dict[st
     tasks, _ = config.resolve()
     found: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        samples, broken, faults = 0, 0, []
+        samples, broken = 0, 0
+        faults: list[str] = []
         seen: set[str] = set()
         for one in task.samples(config.source(task)):
             samples += 1

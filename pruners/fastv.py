@@ -43,9 +43,7 @@ class FastV(DecoderPruner):
         super().__post_init__()
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
             raise OptionError(f"k must be a number of layers, at least 1, got {self.k!r}")
-        if self.r is not None and (
-            isinstance(self.r, bool) or not isinstance(self.r, Real) or not 0 < float(self.r) < 1
-        ):
+        if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, Real) or not 0 < self.r < 1):
             raise OptionError(f"r must be the share to drop, between 0 and 1, or None, got {self.r!r}")
 
     @property

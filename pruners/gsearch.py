@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -44,13 +44,13 @@ class GSearch(DecoderPruner):
         super().__post_init__()
         check_queries(self.queries)
         listed = isinstance(self.rates, Iterable) and not isinstance(self.rates, str | bytes)
-        given = list(self.rates) if listed else [None]
+        given: list[Any] = list(self.rates) if listed else [None]
         if any(isinstance(rate, bool) or not isinstance(rate, Real) for rate in given):
             raise OptionError(f"rates must be one number per decoder layer, got {self.rates!r}")
+        if any(not 0 <= rate <= 1 for rate in given):
+            raise OptionError(f"every rate must lie in [0, 1], got {self.rates!r}")
         rates = tuple(float(rate) for rate in given)
         object.__setattr__(self, "rates", rates)  # a list from JSON would make the method unhashable
-        if any(not 0 <= rate <= 1 for rate in rates):
-            raise OptionError(f"every rate must lie in [0, 1], got {rates}")
         if any(rate != 1 for rate in rates[:2]):
             raise OptionError(f"the first two layers keep every token (their ranking means nothing yet), got {rates}")
         if any(deep > shallow for shallow, deep in zip(rates, rates[1:], strict=False)):

@@ -13,6 +13,7 @@ most all. A budget fixes ``t0``; ``vlm_budget.psigmoid`` searches ``beta`` and `
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -107,7 +108,7 @@ def curve_steps(who: object, curve: PSigmoid, tokens: int, spend: int | None, la
 
 def is_number(value: object) -> bool:
     """A finite real number; text and flags are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def counts_of(rates: Sequence[float], tokens: int) -> list[int]:

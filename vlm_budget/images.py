@@ -5,6 +5,7 @@ A picture is decoded to its last byte here, so that a damaged file fails before 
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import warnings
@@ -37,12 +38,29 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     file = Path(path).expanduser()
     name = repr(os.fspath(path))
     _require_file(file, name)
+    return _decoded(file, name)
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """A picture from the bytes of its file, as :func:`load_image` would give it.
+
+    Args:
+        data: The file's content.
+        name: What messages call it.
+
+    Raises:
+        ImageError: No picture, damaged or truncated, or too large.
+    """
+    return _decoded(io.BytesIO(data), repr(name))
+
+
+def _decoded(source: Path | io.BytesIO, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
+            with Image.open(source) as image:
                 image.load()
-                return _upright_rgb(image)
+                return upright_rgb(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(
             f"{name} is too large: {str(error).split(', could')[0]} (PIL.Image.MAX_IMAGE_PIXELS), as a decompression "
@@ -70,7 +88,12 @@ def _require_file(file: Path, name: str) -> None:
         raise ImageError(f"{name} cannot be read: {error.strerror}") from error
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened picture as :func:`load_image` gives it: EXIF orientation applied, transparency on white, 8 bits.
+
+    Raises:
+        ValueError: It has no pixels.
+    """
     if 0 in image.size:
         raise ValueError(f"it has {image.width} x {image.height} pixels")
     image = ImageOps.exif_transpose(image)

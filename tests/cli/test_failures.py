@@ -39,7 +39,7 @@ def one_line_error(result: Any, message: str) -> None:
         (("--budget", "1 kB kv"), "the prompt costs at least "),
         (("--budget", "80 ms"), "vlm-budget calibrate MODEL"),
         (("--budget", "1000"), "asks for 1000 visual tokens but the prompt has only 192"),
-        (("--budget", "0.001"), "nearest feasible budget is 1 tokens"),
+        (("--budget", "0.001"), "nearest feasible budget is 1 token (or"),
         (("--method", "hird"), "Did you mean 'hired'"),
         (("--option", "alpa=1"), "Did you mean 'alpha'?"),
         (("--option", "alpha=x"), "alpha is a float, got 'x'"),

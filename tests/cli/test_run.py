@@ -156,7 +156,8 @@ def test_a_budget_in_real_units_shows_promise_and_achievement(
     assert promise["unit"] == unit and promise["planned"] <= promise["allowed"]
     assert promise["achieved"] == pytest.approx(promise["planned"])
     shown = cli(*arguments).stdout
-    assert f"{Budget.parse(budget)}: " in shown and " allowed, " in shown and " planned, took " in shown
+    took = " by the tokens kept" if unit == "flops" else "took "
+    assert f"{Budget.parse(budget)}: " in shown and " allowed, " in shown and " planned, " in shown and took in shown
 
 
 def test_a_full_budget_gives_the_same_answer(cli: Cli, tiny_model: Path, poster: Path) -> None:

@@ -61,9 +61,9 @@ def check_same_again(calls: list[Call]) -> None:
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "smolvlm"])
 def test_methods_before_the_language_model(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = case(name).tiny
-    with recorded(monkeypatch, PRUNERS.get(method), "select") as calls:
-        with vlm_budget.patch(tiny.model, method, BUDGET):
-            forward(tiny.model, tiny.clone())
+    seen = recorded(monkeypatch, PRUNERS.get(method), "select")
+    with seen as calls, vlm_budget.patch(tiny.model, method, BUDGET):
+        forward(tiny.model, tiny.clone())
     check_same_again(calls)
 
 
@@ -72,9 +72,9 @@ def test_methods_before_the_language_model(name: str, method: str, monkeypatch: 
 def test_methods_inside_the_language_model(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = schedules.fresh(name)
     chosen = PRUNERS.get(method)()
-    with recorded(monkeypatch, PRUNERS.get(method), "pick") as calls:
-        with vlm_budget.patch(tiny.model, chosen, None if chosen.fixed else 0.5):
-            forward(tiny.model, tiny.clone())
+    seen = recorded(monkeypatch, PRUNERS.get(method), "pick")
+    with seen as calls, vlm_budget.patch(tiny.model, chosen, None if chosen.fixed else 0.5):
+        forward(tiny.model, tiny.clone())
     if method != "vtw":  # which drops all, and is never asked
         check_same_again(calls)
 

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 import vlm_budget
 from fingerprint import changes, fingerprint
 from tiny_parts import FLOOR, row_inputs
-from vlm_budget import PatchError, PlanError, SelectionError
+from vlm_budget import PatchError, Plan, PlanError, SelectionError
 from vlm_budget.decoder import DecoderContext
 
 from .layered import Layered, layered

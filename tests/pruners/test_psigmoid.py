@@ -133,6 +133,7 @@ def test_without_text_behind_the_picture_the_last_column_ranks() -> None:
         ({"first": 0}, "first must be a layer from 1 on"),
         ({"first": True}, "first must be a layer from 1 on"),
         ({"beta": "10"}, "beta must be a finite number"),
+        ({"beta": 10**400}, "beta must be a finite number"),
         ({"beta": None}, "beta must be a finite number"),
         ({"beta": True}, "beta must be a finite number"),
         ({"t0": "x"}, "t0 must be finite"),

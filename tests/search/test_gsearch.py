@@ -16,6 +16,7 @@ from vlm_budget.planning import Methods
 from vlm_budget.registry import PRUNERS
 from vlm_budget.search.data import prepare
 from vlm_budget.search.greedy import greedy_rates
+from vlm_budget.search.gsearch import _within
 from vlm_budget.search.journal import Journal
 from vlm_budget.search.judge import Judge
 from vlm_budget.search.metrics import Metric
@@ -154,10 +155,16 @@ def test_the_nearest_budget_that_is_named_is_accepted(case: Case, budget: Any) -
     assert recipe.spec[0][1]["rates"][:2] == (1.0, 1.0)
 
 
-def test_a_budget_never_raises_the_tolerance_above_all_quality(case: Case) -> None:
-    least = 0.3
-    recipe = vlm_budget.gsearch(case.model, case.data, budget="66.67%", tolerance=least, progress=False)
-    assert recipe.calibration is not None and least <= (recipe.calibration.tolerance or 0) <= 1
+def test_a_budget_never_raises_the_tolerance_above_all_quality() -> None:
+    asked: list[float] = []
+
+    def searched(loss: float) -> tuple[float, ...]:
+        asked.append(loss)
+        return (loss,)
+
+    found = _within(vlm_budget.Budget(0.5), 0.3, 1.0, searched, lambda rates: rates[0] == 1)
+    assert found == (1.0, (1.0,)) and max(asked) == 1
+    assert _within(vlm_budget.Budget(0.5), 0.3, math.inf, searched, lambda rates: rates[0] > 4)[0] > 4
 
 
 def test_a_stopped_search_goes_on_without_judging_anything_twice(

@@ -15,6 +15,7 @@ import tiny_models
 import vlm_budget
 from fingerprint import fingerprint
 from tiny_parts import finish, row_inputs
+from vlm_budget.errors import PatchError
 from vlm_budget.families.base import Family
 from vlm_budget.models import find_family
 from vlm_budget.planning import Methods
@@ -171,3 +172,18 @@ def test_rates_are_nested_in_every_trial_of_a_search() -> None:
     RateSearch(judge, Journal(None, judge.identity), "instruction", prefix).search(0.3, None, lambda *_: None)
     assert asked
     assert all(deep <= shallow for rates in asked for shallow, deep in itertools.pairwise(rates))
+
+
+def test_plans_are_those_of_a_patched_model_whose_features_are_still_added() -> None:
+    """Qwen3-VL adds visual features behind its first layers, three in the released models; only planning runs here."""
+    model, data = deep("qwen3_vl")
+    model = copy.deepcopy(model)
+    model.config.vision_config.deepstack_visual_indexes = [0, 1, 2]
+    judge = Judge(model, prepare(model, data), Metric("kl"))
+    for name in ("psigmoid", "pyramiddrop"):
+        plans = judge.plans(Methods(None, PRUNERS.get(name)()), vlm_budget.Budget(0.7))
+        with vlm_budget.patch(model, name, 0.7) as handle:
+            assert plans == [handle.plan(**one) for one in data]
+        assert min(min(plan.drop_layers) for plan in plans) >= 3
+    with pytest.raises(PatchError, match="Pass k=3"):
+        judge.plans(Methods(None, PRUNERS.get("fastv")()), vlm_budget.Budget(0.7))

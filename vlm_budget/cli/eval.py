@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from .common import DebugOption, Device, DeviceOption, Dtype, DtypeOption, JsonOption, clean, err_console, out_console
-from .common import print_json
-
-if TYPE_CHECKING:
-    from ..eval.config import EvalConfig
-    from ..eval.store import Run
-    from ..eval.summary import Summary
+from .common import (
+    DebugOption,
+    Device,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    clean,
+    out_console,
+    print_json,
+)
+from .evaluation import data_places, method_words, plain, read_summary, run_all, words, write_pages
 
 app = typer.Typer(
     name="eval",
@@ -41,67 +45,75 @@ TimesOption = Annotated[
 ]
 
 
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="nano, nano-robust, a folder, or a hub id.", rich_help_panel=_WHAT)
+]
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        "--methods",
+        help="Separated by commas; '+' joins two, options go in brackets: 'hired,hired+fastv,hired(alpha=0.3)'. 'all' is "
+        "every registered method. Baselines run in any case.",
+        rich_help_panel=_WHAT,
+    ),
+]
+Budgets = Annotated[
+    str | None,
+    typer.Option("--budgets", help="Separated by commas: 1.0,0.4,0.2 or '40% flops'.", rich_help_panel=_WHAT),
+]
+Without = Annotated[
+    str | None,
+    typer.Option("--without", help="Baselines that are refused: unpatched, random, uniform.", rich_help_panel=_WHAT),
+]
+Tasks = Annotated[
+    str | None, typer.Option("--tasks", help="Separated by commas; see [bold]eval ls[/bold].", rich_help_panel=_DATA)
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="TASK=FOLDER",
+        help="Where a task's dataset lies; TASK=hub or TASK=hub:NAME loads it with datasets. Repeatable.",
+        rich_help_panel=_DATA,
+    ),
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Samples per task at most.", rich_help_panel=_DATA)]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of tasks that draw samples.", rich_help_panel=_DATA)]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch", min=1, help="Samples at once [default: 8].", rich_help_panel=_HOW)
+]
+Sharing = Annotated[
+    bool | None,
+    typer.Option(
+        "--share-encoding/--no-share-encoding",
+        help="Encode pictures once per batch for all methods [default: share].",
+        rich_help_panel=_HOW,
+    ),
+]
+Pictures = Annotated[
+    int | None,
+    typer.Option("--pictures", min=0, help="Worst regressions drawn per method and task.", rich_help_panel=_HOW),
+]
+
+
 @app.command("run")
 @clean
 def run(
     config: Annotated[
         Path | None, typer.Option("--config", help="A YAML file with any of these options; those given here win.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="nano, nano-robust, a folder, or a hub id.", rich_help_panel=_WHAT)
-    ] = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            "--methods",
-            help="Separated by commas; '+' joins two, options go in brackets: 'hired,hired+fastv,hired(alpha=0.3)'. "
-            "'all' is every registered method. Baselines run in any case.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    budgets: Annotated[
-        str | None,
-        typer.Option("--budgets", help="Separated by commas: 1.0,0.4,0.2 or '40% flops'.", rich_help_panel=_WHAT),
-    ] = None,
-    without: Annotated[
-        str | None,
-        typer.Option(
-            "--without", help="Baselines that are refused: unpatched, random, uniform.", rich_help_panel=_WHAT
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option("--tasks", help="Separated by commas; see [bold]eval ls[/bold].", rich_help_panel=_DATA),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            metavar="TASK=FOLDER",
-            help="Where a task's dataset lies; TASK=hub or TASK=hub:NAME loads it with datasets. Repeatable.",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
+    model: ModelName = None,
+    methods: Methods = None,
+    budgets: Budgets = None,
+    without: Without = None,
+    tasks: Tasks = None,
+    data: Data = None,
     task_folder: TaskFolders = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Samples per task at most.", rich_help_panel=_DATA)
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of tasks that draw samples.", rich_help_panel=_DATA)] = None,
-    batch: Annotated[
-        int | None, typer.Option("--batch", min=1, help="Samples at once [default: 8].", rich_help_panel=_HOW)
-    ] = None,
-    share_encoding: Annotated[
-        bool | None,
-        typer.Option(
-            "--share-encoding/--no-share-encoding",
-            help="Encode pictures once per batch for all methods [default: share].",
-            rich_help_panel=_HOW,
-        ),
-    ] = None,
-    pictures: Annotated[
-        int | None,
-        typer.Option("--pictures", min=0, help="Worst regressions drawn per method and task.", rich_help_panel=_HOW),
-    ] = None,
+    limit: Limit = None,
+    seed: Seed = None,
+    batch: BatchSize = None,
+    share_encoding: Sharing = None,
+    pictures: Pictures = None,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.auto,
     out: Annotated[Path, typer.Option("--out", help="Folder of the results.", rich_help_panel=_HOW)] = Path("results"),
@@ -125,11 +137,11 @@ def run(
 
     given: dict[str, Any] = {
         "model": model,
-        "tasks": _words(tasks),
-        "methods": _methods(methods),
-        "budgets": _words(budgets),
-        "without": _words(without),
-        "data": _pairs(data) if data else None,
+        "tasks": words(tasks),
+        "methods": method_words(methods),
+        "budgets": words(budgets),
+        "without": words(without),
+        "data": data_places(data) if data else None,
         "task_folders": task_folder,
         "limit": limit,
         "seed": seed,
@@ -141,7 +153,7 @@ def run(
     }
     changes = {name: value for name, value in given.items() if value is not None}
     wanted = EvalConfig.of({}, "the command line", **changes) if config is None else EvalConfig.read(config, **changes)
-    _run(wanted, out)
+    run_all(wanted, out)
 
 
 @app.command("resume")
@@ -156,7 +168,7 @@ def resume(folder: RunFolder, debug: DebugOption = False) -> None:
     from ..eval.config import EvalConfig
     from ..eval.store import read_manifest
 
-    _run(EvalConfig.of(read_manifest(folder)["config"], f"the manifest of {str(folder)!r}"), folder)
+    run_all(EvalConfig.of(read_manifest(folder)["config"], f"the manifest of {str(folder)!r}"), folder)
 
 
 @app.command("report")
@@ -177,7 +189,7 @@ def report(
 
       vlm-budget eval report results --no-times --formats csv
     """
-    for file in _write(_summary(folder, task_folder, times), out or folder, _words(formats) or [], times):
+    for file in write_pages(read_summary(folder, task_folder, times), out or folder, words(formats) or [], times):
         out_console().print(Text.assemble("Written: ", (str(file), "bold")))
 
 
@@ -200,7 +212,7 @@ def compare(
     from ..errors import UnknownNameError
     from ..eval.summary import compare as paired
 
-    summary = _summary(folder, task_folder, times=False)
+    summary = read_summary(folder, task_folder, times=False)
     cells = {str(cell): cell for cell in summary.cells}
     for name in (first, second):
         if name not in cells:
@@ -250,7 +262,7 @@ def list_tasks(
             return
         shown = Table(show_header=False)
         for name, value in facts.items():
-            shown.add_row(name, Text(_plain(value)))
+            shown.add_row(name, Text(plain(value)))
         out_console().print(shown)
         return
     tasks = [read_task(name) for name in task_names()]
@@ -270,11 +282,9 @@ def list_tasks(
 @clean
 def validate(
     tasks: Annotated[str, typer.Option("--tasks", help="Separated by commas.")],
-    data: Annotated[
-        list[str] | None, typer.Option("--data", metavar="TASK=FOLDER", help="Where a task's dataset lies.")
-    ] = None,
+    data: Data = None,
     task_folder: TaskFolders = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Samples per task that are looked at.")] = None,
+    limit: Limit = None,
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Open every picture, too.")] = True,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -289,7 +299,7 @@ def validate(
     from ..eval.validate import look_through
 
     config = EvalConfig.of(
-        {}, model="none", tasks=_words(tasks), data=_pairs(data), task_folders=task_folder or [], limit=limit
+        {}, model="none", tasks=words(tasks), data=data_places(data), task_folders=task_folder or [], limit=limit
     )
     found = look_through(config, pictures)
     if as_json:
@@ -304,104 +314,3 @@ def validate(
                 out_console().print(Text(f"  {fault}"))
     if any(facts["broken"] for facts in found.values()):
         raise typer.Exit(1)
-
-
-def _run(config: EvalConfig, out: Path) -> None:
-    from ..eval.runner import run as run_all
-    from ..eval.watch import live
-
-    stderr = err_console()
-    total = None if config.limit is None else config.limit * _count(config)
-    try:
-        with live(total) as progress:
-            found = run_all(config, out, progress)
-    except KeyboardInterrupt:
-        stderr.print(Text(f"stopped; go on with: vlm-budget eval resume {out}", "yellow"))
-        raise typer.Exit(130) from None
-    if not _leads():
-        return
-    from ..eval.summary import summarise
-
-    summary = summarise(found)
-    _print_summary(found, summary)
-    files = _write(summary, out, ["html", "md", "csv"], True)
-    out_console().print(Text.assemble("Report: ", (str(files[0]), "bold")))
-
-
-def _count(config: EvalConfig) -> int:
-    import os
-
-    tasks, cells = config.resolve()
-    return len(tasks) * len(cells) // int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _leads() -> bool:
-    import os
-
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _print_summary(run: Run, summary: Summary) -> None:
-    table = Table(title=Text(f"{run.manifest['model']['name']}: the task's metric ± standard error"))
-    table.add_column("method")
-    for task in summary.tasks:
-        table.add_column(f"{task.name}\n{task.metric}", justify="right")
-    for cell in summary.cells:
-        row = []
-        for task in summary.tasks:
-            one = summary.by_place.get((task.name, cell))
-            row.append("–" if one is None or not one.main.n else f"{one.main.mean:.3f} ± {one.main.se:.3f}")
-        table.add_row(Text(str(cell)), *row)
-    out_console().print(table)
-    errors = sum(answer.error is not None for answer in run.answers)
-    if errors:
-        out_console().print(Text(f"{errors} of {len(run.answers)} answers are errors; see the report", "yellow"))
-    for cell, reason in run.manifest.get("refused", {}).items():
-        out_console().print(Text(f"left out: {cell}: {reason}", "dim"))
-
-
-def _summary(folder: Path, task_folders: Sequence[str] | None, times: bool) -> Summary:
-    from ..eval.store import read_run
-    from ..eval.summary import summarise
-    from ..eval.task import add_folder
-
-    found = read_run(folder)
-    for path in (*found.manifest["config"].get("task_folders", ()), *(task_folders or ())):
-        add_folder(path)
-    return summarise(found, times=times)
-
-
-def _write(summary: Summary, out: Path, formats: Sequence[str], times: bool) -> list[Path]:
-    from ..eval.report import write_report
-
-    return write_report(summary, out, formats=tuple(formats), times=times)
-
-
-def _words(text: str | None) -> list[str] | None:
-    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _methods(text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    from ..eval.cells import split_methods
-
-    return split_methods(text)
-
-
-def _pairs(entries: Sequence[str] | None) -> dict[str, str]:
-    from ..errors import OptionError
-
-    found = {}
-    for entry in entries or ():
-        task, equals, place = entry.partition("=")
-        if not equals or not task or not place:
-            raise OptionError(f"--data {entry!r}: write TASK=FOLDER, TASK=hub or TASK=hub:NAME")
-        found[task.strip()] = place.strip()
-    return found
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return "\n".join(f"{name}: {_plain(one)}" for name, one in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

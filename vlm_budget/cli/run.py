@@ -31,6 +31,8 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..report import KeptItem
 
 
@@ -94,8 +96,7 @@ def run(
     import torch
 
     torch.manual_seed(seed)
-    place = positions.value if positions else None
-    setting = Setting(methods, spend, place, max_new_tokens, repeats, wanted.recipe)
+    setting = Setting(methods, spend, positions and positions.value, max_new_tokens, repeats, wanted.recipe)
     inputs = build_inputs(loaded.processor, [prompt], [pictures], loaded.model)
     with runs(stderr, setting.runs) as bar:
         comparison = compare(loaded, inputs, setting, bar)
@@ -112,10 +113,7 @@ def run(
                 "budget": None if spend is None else str(spend),
                 "plan": None if plan is None else str(plan),
                 "prompt": prompt,
-                "images": [
-                    {"file": file, "width": picture.width, "height": picture.height}
-                    for file, picture in zip(files, pictures, strict=True)
-                ],
+                "images": [_picture_facts(*pair) for pair in zip(files, pictures, strict=True)],
                 "repeats": repeats,
                 **comparison.to_dict(),
                 "kept": kept_facts(comparison.kept),
@@ -129,6 +127,10 @@ def run(
     console.print(Text(where, "dim"))
     if drawn:
         console.print(Text.assemble("What was kept: ", (str(out), "bold")))
+
+
+def _picture_facts(file: str, picture: Image.Image) -> dict[str, Any]:
+    return {"file": file, "width": picture.width, "height": picture.height}
 
 
 def kept_facts(kept: Sequence[KeptItem]) -> list[dict[str, Any]]:

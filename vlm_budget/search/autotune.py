@@ -88,7 +88,8 @@ def autotune(
         CalibrationError: The data cannot be used, said before the model runs; or the full model gets all of it wrong.
         JournalError: The journal belongs to another run, or was begun on another machine.
         OptionError: Nothing to try, or an argument that means nothing.
-        PlanError: A recipe that no method can follow.
+        PlanError: A recipe that says no budget.
+        UnknownNameError: Unknown method, or an option that a recipe's method has not.
     """
     for name, value in (("timed", timed), ("repeats", repeats)):
         whole(name, value)
@@ -136,8 +137,8 @@ def read_tries(methods: Any, budgets: Any) -> list[Try]:
         BudgetError: Not a budget.
         OptionError: Nothing to try, or neither one nor several.
         PatchError: Methods that do not go together.
-        PlanError: A recipe that no method can follow.
-        UnknownNameError: Unknown method.
+        PlanError: A recipe that says no budget.
+        UnknownNameError: Unknown method, or an option that a recipe's method has not.
     """
     spends = [Budget.parse(budget) for budget in listed("budgets", budgets, (Budget, str, Real))]
     named = PRUNERS.names() if methods is None else listed("methods", methods, (str, Pruner, Recipe))
@@ -155,10 +156,7 @@ def read_tries(methods: Any, budgets: Any) -> list[Try]:
 
 
 def _recipes_try(recipe: Recipe) -> Try:
-    try:
-        methods = resolve_methods([configured(name, options) for name, options in recipe.methods()], {})
-    except TypeError as error:
-        raise PlanError(f"the recipe names an option that its method has not: {error}") from error
+    methods = resolve_methods([configured(name, options) for name, options in recipe.methods()], {})
     if recipe.budget is None and not _alone(methods):
         raise PlanError(f"the recipe of {methods} says no budget, and its options do not say one either")
     return methods, None if recipe.budget is None else Budget.parse(recipe.budget), _spec(methods)

@@ -70,6 +70,11 @@ class Judge:
         """First layer that may drop: 2 (assumption A2), later where visual features are still being added."""
         return min(max(FIRST, self.family.deepstack_levels(self.base)), self.layers)
 
+    def facts(self, examples: Sequence[Example]) -> Facts:
+        """What planning must know of prompts that run together."""
+        first = max(1, self.family.deepstack_levels(self.base))
+        return Facts(self.layers, [example.text for example in examples], self.cost, first)
+
     @cached_property
     def model_facts(self) -> ModelFacts:
         """The model, as a recipe names it."""
@@ -113,9 +118,7 @@ class Judge:
         Raises:
             BudgetError: Some prompt cannot keep to the budget.
         """
-        facts = [Facts(self.layers, [example.text], self.cost) for example in self.calibration.examples]
-        pairs = zip(self.calibration.examples, facts, strict=True)
-        return [make_plan(methods, budget, example.layout, fact) for example, fact in pairs]
+        return [make_plan(methods, budget, one.layout, self.facts([one])) for one in self.calibration.examples]
 
     def prices(self, plans: Sequence[Plan]) -> dict[str, float]:
         """What plans cost, predicted, as means per prompt: ``share`` of the visual tokens per layer, FLOPs, cache."""

@@ -13,7 +13,7 @@ from ..engine.prefix import Prefix, advance_prefix, capture_prefix, head_logits,
 from ..layout import VisualLayout
 from ..patching import patch
 from ..plan import Plan
-from ..planning import Facts, Methods, make_plan
+from ..planning import Methods, make_plan
 from ..registry import PRUNERS
 from .data import Example
 from .greedy import Rates
@@ -106,9 +106,8 @@ class PrefixJudge:
         return method
 
     def _plan(self, batch: Sequence[Example], rates: Rates) -> Plan:
-        facts = Facts(self.judge.layers, [example.text for example in batch], self.judge.cost)
         layout = VisualLayout(tuple(example.layout.rows[0] for example in batch))
-        return make_plan(Methods(None, self._method(rates)), None, layout, facts)
+        return make_plan(Methods(None, self._method(rates)), None, layout, self.judge.facts(batch))
 
 
 def dropper_of(handle: Any) -> LayerDropper:

@@ -23,7 +23,15 @@ from vlm_budget.prompts import build_inputs
 
 from .conftest import PAGES, asked, ran
 
-METHODS = ["hired", "mmtok", "divprune", "prumerge_plus", "fastv(k=1)", "hired+pyramiddrop", "gsearch(rates=(1,1,0.5,0.2))"]
+METHODS = [
+    "hired",
+    "mmtok",
+    "divprune",
+    "prumerge_plus",
+    "fastv(k=1)",
+    "hired+pyramiddrop",
+    "gsearch(rates=(1,1,0.5,0.2))",
+]
 
 
 def said(run: Run) -> dict[Any, Any]:
@@ -179,8 +187,8 @@ def test_methods_that_the_model_cannot_run_are_refused_or_left_out(tmp_path: Pat
 
     tiny = tiny_models.build("gemma3")
     loaded = Loaded("gemma3", False, "gemma3", tiny.model, None)
-    from vlm_budget.eval.runner import _usable
     from vlm_budget.eval.config import EvalConfig
+    from vlm_budget.eval.runner import _usable
 
     config = EvalConfig.of({"model": "x", "tasks": ["nano"], "methods": ["all"], "budgets": ["0.5"]})
     kept, refused = _usable(loaded, config.resolve()[1], config)

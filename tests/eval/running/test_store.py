@@ -18,7 +18,9 @@ CELL = Cell("hired", "40%")
 
 
 def answers(count: int, start: int = 0) -> list[Answer]:
-    return [Answer("t", f"s{i}", CELL, f"c{i}", "yes", {"accuracy": 1.0}, {"kept": 3}) for i in range(start, start + count)]
+    return [
+        Answer("t", f"s{i}", CELL, f"c{i}", "yes", {"accuracy": 1.0}, {"kept": 3}) for i in range(start, start + count)
+    ]
 
 
 def times(found: list[Answer]) -> BatchTime:
@@ -55,7 +57,9 @@ def test_a_last_line_that_a_kill_cut_off_is_dropped(folder: Path, cut: int) -> N
 def test_times_of_a_batch_that_was_not_written_count_for_nothing(folder: Path) -> None:
     Store(folder).add(answers(2), times(answers(2)))
     with (folder / "times-00000.jsonl").open("a") as file:
-        file.write(json.dumps({"task": "t", "cell": vars(CELL), "samples": ["s0", "s9"], "ms": {"prefill": 9.0}}) + "\n")
+        file.write(
+            json.dumps({"task": "t", "cell": vars(CELL), "samples": ["s0", "s9"], "ms": {"prefill": 9.0}}) + "\n"
+        )
     assert len(read_run(folder).times) == 1
 
 
@@ -63,7 +67,11 @@ def test_damage_in_the_middle_is_refused(folder: Path) -> None:
     Store(folder).add(answers(3))
     path = folder / "answers-00000.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    for bad, message in (("{nonsense\n", "line 2"), ("[]\n", "no object"), ('{"task": "t"}\n', "no answer of this version")):
+    for bad, message in (
+        ("{nonsense\n", "line 2"),
+        ("[]\n", "no object"),
+        ('{"task": "t"}\n', "no answer of this version"),
+    ):
         path.write_text(lines[0] + bad + lines[2])
         with pytest.raises(RunError, match=message):
             read_run(folder)
@@ -89,7 +97,9 @@ def test_a_folder_of_other_files_or_of_another_run_is_refused(tmp_path: Path, fo
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "cannot read"), ("[]", "no object"), ('{"version": 99}', "version 1")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "cannot read"), ("[]", "no object"), ('{"version": 99}', "version 1")]
+)
 def test_a_damaged_manifest_is_refused(folder: Path, text: str, message: str) -> None:
     (folder / "manifest.json").write_text(text)
     with pytest.raises(RunError, match=message):

@@ -197,7 +197,7 @@ def test_a_hub_picture_may_come_as_bytes_and_is_judged_when_it_is_read(tmp_path:
     data = (tmp_path / "red.png").read_bytes()
     for cell in (data, {"bytes": data, "path": "red.png"}):
         assert records.picture({"image": cell}, "red").load().size == (8, 6)
-    with pytest.raises(ImageError, match="'red' is damaged"):
+    with pytest.raises(ImageError, match="'red' is not a picture"):
         records.picture({"image": {"bytes": data[:40], "path": None}}, "red").load()
     for cell in ({"bytes": None, "path": "/etc/passwd"}, "/etc/passwd", 7, []):
         with pytest.raises(DataError, match="no picture"):

@@ -90,11 +90,12 @@ gpu:  ## GPU tests and benchmarks with $(PYTHON) as it is; JSON into $OUT
 	PYTHONPATH=$(CURDIR)/build/linked $(PYTHON) benchmarks/prefill.py --device cuda --out "$$OUT"
 	PYTHONPATH=$(CURDIR)/build/linked $(PYTHON) benchmarks/budgets.py --device cuda --out "$$OUT"
 
-bench: $(DEV)  ## the CPU benchmarks, twenty minutes of a quiet machine; JSON into $OUT
+bench: $(DEV)  ## the CPU benchmarks, forty minutes of a quiet machine; JSON into $OUT
 	mkdir -p "$$OUT"
 	$(BIN)/python benchmarks/prefill.py --device cpu --out "$$OUT"
 	$(BIN)/python benchmarks/greedy.py --out "$$OUT"
 	$(BIN)/python benchmarks/vit.py --out "$$OUT"
+	$(BIN)/python benchmarks/evaluation.py --out "$$OUT"
 	$(BIN)/python benchmarks/budgets.py --device cpu --out "$$OUT"
 
 docs: $(CORE)  ## write the generated tables anew from recorded results

@@ -159,6 +159,23 @@ def budgets(data: dict[str, Any]) -> str:
     return f"{table(header, rows, left=2)}\n\n{note}"
 
 
+def evaluation(data: dict[str, Any]) -> str:
+    """The sentences on ``benchmarks/evaluation.py``."""
+    sweep, one, two = data["sweep"], data["pairs"]["1"], data["pairs"]["2"]
+    place, ratios = data["environment"], data["second_process"]["ratios"]
+    share = sweep["answered"] / sweep["answers"]
+    return (
+        f"On nano, {place['device']}, two processes of one thread each, commit `{(place['git'] or 'unknown')[:12]}`: "
+        f"every registered method at budgets {data['budgets'].replace(',', ', ')} on all four tasks with "
+        f"{data['samples_per_task']} samples each ({sweep['cells']} columns, {sweep['answers']:,} answers, of them "
+        f"{share:.0%} within reach of their budget on a model of four layers) took {sweep['seconds'] / 60:.1f} minutes. "
+        f"A smaller run answered {data['second_process']['median']:.2f} times as many samples per second on two "
+        f"processes as on one (median of {len(ratios)}, {min(ratios):.2f} to {max(ratios):.2f}; {one[0]['answers']:,} "
+        f"answers, {one[0]['seconds']:.0f} s and {two[0]['seconds']:.0f} s with the start), with "
+        f"{'the same' if data['equal_answers'] else 'OTHER'} answers. `python benchmarks/evaluation.py` measures this."
+    )
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -170,12 +187,15 @@ def main() -> None:
     parser.add_argument("--greedy-page", type=Path, default=Path("docs/pruners/divprune.md"))
     parser.add_argument("--budgets-results", type=Path, default=Path("benchmarks/results/budgets_cpu.json"))
     parser.add_argument("--budgets-page", type=Path, default=Path("docs/budgets.md"))
+    parser.add_argument("--evaluation-results", type=Path, default=Path("benchmarks/results/evaluation_cpu.json"))
+    parser.add_argument("--evaluation-page", type=Path, default=Path("docs/evaluate.md"))
     arguments = parser.parse_args()
     for results, page, name, write in (
         (arguments.results, arguments.page, "prefill", prefill),
         (arguments.greedy_results, arguments.greedy_page, "greedy", greedy),
         (arguments.budgets_results, arguments.budgets_page, "budgets", budgets),
         (arguments.vit_results, arguments.vit_page, "vit", vit),
+        (arguments.evaluation_results, arguments.evaluation_page, "evaluation", evaluation),
     ):
         if results.exists():
             replace_section(page, name, write(json.loads(results.read_text(encoding="utf-8"))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlm_budget.cli.eval import app
+from vlm_budget.eval.cli import app
 
 if __name__ == "__main__":
     app(prog_name="python -m vlm_budget.eval")

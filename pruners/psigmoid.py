@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -106,9 +106,10 @@ def curve_steps(who: object, curve: PSigmoid, tokens: int, spend: int | None, la
     return _solved(who, curve, tokens, spend, layers)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: Any) -> bool:
     """A finite real number; text and flags are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and abs(value) <= sys.float_info.max
 
 
 def counts_of(rates: Sequence[float], tokens: int) -> list[int]:

@@ -21,7 +21,7 @@ CORE = {"torch", "transformers", "accelerate"}
 DATA = {"numpy", "PIL", "safetensors"}
 METHODS = {"torch", "timm", "open_clip"}
 FRAMES = {"torch", "diffusers", "open_clip", "av", "numpy", "PIL"}
-REPORTS = CORE | DATA | {"tokenizers", "typer", "rich", "matplotlib", "datasets", "lmms_eval"}
+REPORTS = CORE | DATA | {"tokenizers", "typer", "rich", "matplotlib", "datasets", "yaml", "filelock", "av"}
 
 # The longest prefix of a file's path decides.
 FOREIGN = {
@@ -33,6 +33,7 @@ FOREIGN = {
     "pruners": METHODS,
     "video": FRAMES,
     "eval": REPORTS,
+    "eval/adapters": REPORTS | {"lmms_eval", "loguru", "tqdm", "vlmeval"},  # what the harnesses bring
     "eval/vit": REPORTS | {"timm"},  # its shipped model is timm's
     "demos": REPORTS | FRAMES | {"gradio"},
 }

@@ -17,6 +17,7 @@ _EXPORTS = {
     "Budget": "budget",
     "BudgetError": "errors",
     "CalibrationError": "errors",
+    "DataError": "errors",
     "Front": "search.front",
     "ImageError": "errors",
     "InfeasibleBudgetError": "errors",
@@ -35,8 +36,10 @@ _EXPORTS = {
     "Pruner": "pruner",
     "Recipe": "recipe",
     "Report": "report",
+    "RunError": "errors",
     "Selection": "pruner",
     "SelectionError": "errors",
+    "TaskError": "errors",
     "UnknownNameError": "errors",
     "UnsupportedModelError": "errors",
     "VLMBudgetError": "errors",
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from .calibration import calibrate as calibrate
     from .errors import BudgetError as BudgetError
     from .errors import CalibrationError as CalibrationError
+    from .errors import DataError as DataError
     from .errors import ImageError as ImageError
     from .errors import InfeasibleBudgetError as InfeasibleBudgetError
     from .errors import JournalError as JournalError
@@ -69,7 +73,9 @@ if TYPE_CHECKING:
     from .errors import PatchError as PatchError
     from .errors import PlanError as PlanError
     from .errors import PlanMismatchWarning as PlanMismatchWarning
+    from .errors import RunError as RunError
     from .errors import SelectionError as SelectionError
+    from .errors import TaskError as TaskError
     from .errors import UnknownNameError as UnknownNameError
     from .errors import UnsupportedModelError as UnsupportedModelError
     from .errors import VLMBudgetError as VLMBudgetError

@@ -12,7 +12,7 @@ from torch import nn
 from .errors import LayoutError, UnsupportedModelError
 from .families.base import Family
 from .layout import Modality, VisualItem, VisualLayout, group_rows
-from .registry import FAMILIES
+from .registry import FAMILIES, VIT_METHODS
 
 _SAMPLES = 16  # numbers per weight that tell one checkpoint from another
 
@@ -32,7 +32,8 @@ def find_family(model: Any) -> tuple[nn.Module, nn.Module, Family]:
             return outer, family.base(outer), family
         supported.append(family.models[0])
     raise UnsupportedModelError(
-        f"{type(outer).__name__} is not a supported model. Supported: {', '.join(sorted(supported))}."
+        f"{type(outer).__name__} is not a supported model. Supported: {', '.join(sorted(supported))}; and for "
+        f"{', '.join(VIT_METHODS)} without a language model, timm's VisionTransformer."
     )
 
 

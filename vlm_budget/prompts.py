@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -73,7 +71,7 @@ def build_inputs(
     if twice:
         options["add_special_tokens"] = False
     if videos:
-        options["videos"] = [[np.asarray(frame) for frame in own] for own in images]
+        options["videos"] = [list(own) for own in images]
     elif any(images):
         options["images"] = [list(own) for own in images]
     return processor(text=texts, return_tensors="pt", **options).to(model.device, model.dtype)

@@ -23,6 +23,9 @@ BUILTINS = {
     "UnknownNameError": LookupError,
     "CalibrationError": ValueError,
     "JournalError": ValueError,
+    "TaskError": ValueError,
+    "DataError": ValueError,
+    "RunError": RuntimeError,
     "MissingExtraError": ImportError,
 }
 

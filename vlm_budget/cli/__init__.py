@@ -5,6 +5,7 @@ Only typer and rich load here; torch and transformers load inside the verbs that
 
 from __future__ import annotations
 
+import importlib
 from typing import Annotated
 
 import typer
@@ -14,10 +15,11 @@ from .autotune import autotune
 from .calibrate import calibrate
 from .catalog import list_names
 from .demo import demo
-from .eval import app as eval_app
 from .explain import explain
 from .run import run
 from .search import search
+
+_EVAL = "vlm_budget.eval.cli"
 
 app = typer.Typer(
     name="vlm-budget",
@@ -32,7 +34,8 @@ app.command("run")(run)
 app.command("calibrate")(calibrate)
 app.command("search")(search)
 app.command("autotune")(autotune)
-app.add_typer(eval_app)
+# By string, as methods are: the core never imports what lies on a higher floor.
+app.add_typer(importlib.import_module(_EVAL).app)
 app.command("list")(list_names)
 app.command("explain")(explain)
 

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .common import (
+from vlm_budget.cli.common import (
     DebugOption,
     Device,
     DeviceOption,
@@ -20,7 +20,7 @@ from .common import (
     out_console,
     print_json,
 )
-from .evaluation import data_places, method_words, plain, read_summary, run_all, words, write_pages
+from vlm_budget.eval.shown import data_places, method_words, plain, read_summary, run_all, words, write_pages
 
 app = typer.Typer(
     name="eval",
@@ -52,7 +52,7 @@ Methods = Annotated[
     str | None,
     typer.Option(
         "--methods",
-        help="Separated by commas; '+' joins two, options go in brackets: 'hired,hired+fastv,hired(alpha=0.3)'. 'all' is "
+        help="Separated by commas; '+' joins two, options in brackets: 'hired,hired+fastv,hired(alpha=0.3)'. 'all' is "
         "every registered method. Baselines run in any case.",
         rich_help_panel=_WHAT,
     ),
@@ -133,7 +133,7 @@ def run(
 
       vlm-budget eval run --config sweep.yaml --limit 100
     """
-    from ..eval.config import EvalConfig
+    from vlm_budget.eval.config import EvalConfig
 
     given: dict[str, Any] = {
         "model": model,
@@ -165,8 +165,8 @@ def resume(folder: RunFolder, debug: DebugOption = False) -> None:
 
       vlm-budget eval resume results
     """
-    from ..eval.config import EvalConfig
-    from ..eval.store import read_manifest
+    from vlm_budget.eval.config import EvalConfig
+    from vlm_budget.eval.store import read_manifest
 
     run_all(EvalConfig.of(read_manifest(folder)["config"], f"the manifest of {str(folder)!r}"), folder)
 
@@ -209,8 +209,8 @@ def compare(
 
       vlm-budget eval compare results 'hired at 20%' 'random at 20%'
     """
-    from ..errors import UnknownNameError
-    from ..eval.summary import compare as paired
+    from vlm_budget.errors import UnknownNameError
+    from vlm_budget.eval.summary import compare as paired
 
     summary = read_summary(folder, task_folder, times=False)
     cells = {str(cell): cell for cell in summary.cells}
@@ -251,7 +251,7 @@ def list_tasks(
     """
     from dataclasses import asdict
 
-    from ..eval.task import add_folder, read_task, task_names
+    from vlm_budget.eval.task import add_folder, read_task, task_names
 
     for folder in task_folder or []:
         add_folder(folder)
@@ -295,8 +295,8 @@ def validate(
 
       vlm-budget eval validate --tasks textvqa --data textvqa=./TextVQA
     """
-    from ..eval.config import EvalConfig
-    from ..eval.validate import look_through
+    from vlm_budget.eval.config import EvalConfig
+    from vlm_budget.eval.validate import look_through
 
     config = EvalConfig.of(
         {}, model="none", tasks=words(tasks), data=data_places(data), task_folders=task_folder or [], limit=limit

@@ -11,18 +11,18 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .common import err_console, out_console
+from vlm_budget.cli.common import err_console, out_console
 
 if TYPE_CHECKING:
-    from ..eval.config import EvalConfig
-    from ..eval.store import Run
-    from ..eval.summary import Summary
+    from vlm_budget.eval.config import EvalConfig
+    from vlm_budget.eval.store import Run
+    from vlm_budget.eval.summary import Summary
 
 
 def run_all(config: EvalConfig, out: Path) -> None:
     """Run a configuration, print its figures and write its pages."""
-    from ..eval.runner import run
-    from ..eval.watch import live
+    from vlm_budget.eval.runner import run
+    from vlm_budget.eval.watch import live
 
     stderr = err_console()
     total = None if config.limit is None else config.limit * _count(config)
@@ -34,7 +34,7 @@ def run_all(config: EvalConfig, out: Path) -> None:
         raise typer.Exit(130) from None
     if not _leads():
         return
-    from ..eval.summary import summarise
+    from vlm_budget.eval.summary import summarise
 
     summary = summarise(found)
     _print_summary(found, summary)
@@ -72,9 +72,9 @@ def _print_summary(run: Run, summary: Summary) -> None:
 
 def read_summary(folder: Path, task_folders: Sequence[str] | None, times: bool) -> Summary:
     """Figures of a finished or unfinished run."""
-    from ..eval.store import read_run
-    from ..eval.summary import summarise
-    from ..eval.task import add_folder
+    from vlm_budget.eval.store import read_run
+    from vlm_budget.eval.summary import summarise
+    from vlm_budget.eval.task import add_folder
 
     found = read_run(folder)
     for path in (*found.manifest["config"].get("task_folders", ()), *(task_folders or ())):
@@ -84,7 +84,7 @@ def read_summary(folder: Path, task_folders: Sequence[str] | None, times: bool) 
 
 def write_pages(summary: Summary, out: Path, formats: Sequence[str], times: bool) -> list[Path]:
     """Write a run's report; the files written."""
-    from ..eval.report import write_report
+    from vlm_budget.eval.report import write_report
 
     return write_report(summary, out, formats=tuple(formats), times=times)
 
@@ -98,7 +98,7 @@ def method_words(text: str | None) -> list[str] | None:
     """Methods between commas; None where nothing was given."""
     if text is None:
         return None
-    from ..eval.cells import split_methods
+    from vlm_budget.eval.cells import split_methods
 
     return split_methods(text)
 
@@ -109,7 +109,7 @@ def data_places(entries: Sequence[str] | None) -> dict[str, str]:
     Raises:
         OptionError: One is not written so.
     """
-    from ..errors import OptionError
+    from vlm_budget.errors import OptionError
 
     found = {}
     for entry in entries or ():

@@ -15,6 +15,12 @@ from vlm_budget.registry import PRUNERS
 
 ALL = "all"
 _HUB = "hub:"
+_KINDS: Sequence[tuple[str, Any, str]] = (
+    *((name, str, "text") for name in ("model", "device", "dtype")),
+    ("seed", int | None, "a number"),
+    ("share_encoding", bool, "true or false"),
+    ("data", Mapping, "a mapping of tasks to folders"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class EvalConfig:
         """Check numbers.
 
         Raises:
-            OptionError: One is out of range, or nothing is named.
+            OptionError: One is out of range or of the wrong kind, or nothing is named.
         """
         for name, least in (("batch", 1), ("limit", 1), ("pictures", 0)):
             value = getattr(self, name)
@@ -67,6 +73,11 @@ class EvalConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f"{name} must be a number from {least} on, got {value!r}")
+        for name, kind, said in _KINDS:
+            if not isinstance(getattr(self, name), kind) or (name == "seed" and isinstance(self.seed, bool)):
+                raise OptionError(f"{name} must be {said}, got {getattr(self, name)!r}")
+        if not all(isinstance(text, str) for pair in self.data.items() for text in pair):
+            raise OptionError(f"data must be a mapping of tasks to folders, got {dict(self.data)!r}")
         if not self.tasks:
             raise OptionError("name at least one task; see them with 'vlm-budget eval ls'")
 
@@ -85,7 +96,7 @@ class EvalConfig:
 
         try:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # an impossible date is a ValueError
             raise OptionError(f"cannot read {str(path)!r}: {' '.join(str(error).split())}") from error
         return cls.of(data, str(path), **changes)
 
@@ -105,9 +116,7 @@ class EvalConfig:
         for name in ("tasks", "methods", "budgets", "without", "task_folders"):
             if name in found:
                 entries = found[name] if isinstance(found[name], list | tuple) else [found[name]]
-                found[name] = tuple(method_text(one) if name == "methods" else str(one) for one in entries)
-        if "data" in found and not isinstance(found["data"], Mapping):
-            raise OptionError(f"{where}: data names a folder per task, got {found['data']!r}")
+                found[name] = tuple(_entry(name, one, where) for one in entries)
         try:
             return cls(**found)
         except TypeError as error:
@@ -120,13 +129,15 @@ class EvalConfig:
             UnknownNameError: A task, method or option is not known; the message suggests.
             BudgetError: A budget cannot be read.
             TaskError: A task's file is damaged.
-            OptionError: Data is named for a task that is not run.
+            OptionError: Data is named for a task that is not run, or needs none.
         """
         for folder in self.task_folders:
             add_folder(folder)
         tasks = find_tasks(self.tasks)
         if strange := sorted(set(self.data) - {task.name for task in tasks}):
             raise OptionError(f"data is named for {', '.join(strange)}, which is not among the tasks")
+        if made := [task.name for task in tasks if task.name in self.data and not task.needs_data]:
+            raise OptionError(f"data is named for {', '.join(made)}, which is made on the spot and reads none")
         methods = [name for one in self.methods for name in (PRUNERS.names() if one == ALL else [one])]
         return tasks, make_cells(methods, self.budgets, self.without)
 
@@ -150,3 +161,15 @@ class EvalConfig:
         source = replace(drawn, root=Path(named).expanduser())
         _ = source.folder  # refused now, before a model is loaded
         return source
+
+
+def _entry(name: str, entry: Any, where: str) -> str:
+    """An entry of a list of the configuration as text."""
+    if name == "methods" and isinstance(entry, Mapping):
+        if not all(options is None or isinstance(options, Mapping) for options in entry.values()):
+            raise OptionError(f"{where}: a method's options are a mapping, got {dict(entry)!r}")
+        return method_text(entry)
+    number = isinstance(entry, int | float) and not isinstance(entry, bool) and name == "budgets"
+    if not isinstance(entry, str) and not number:
+        raise OptionError(f"{where}: {name} is a list of names, and has {entry!r}")
+    return str(entry)

@@ -61,7 +61,7 @@ def draw_regressions(
         each: Regressions per task and cell.
 
     Raises:
-        RunError: They cannot be written.
+        RunError: They cannot be written, or a sample is gone from its dataset.
     """
     chosen = worst(read_run(folder), tasks, each) if each else []
     entries: list[dict[str, Any]] = []
@@ -72,6 +72,8 @@ def draw_regressions(
             one.id: one for one in task.samples(sources[task.name]) if isinstance(one, Sample) and one.id in wanted
         }
         for one, base in mine:
+            if one.sample not in samples:
+                raise RunError(f"task {task.name!r} has no sample {one.sample!r} any more; its data has changed")
             entries.append(_entry(folder, driver, task, samples[one.sample], one, base))
     try:
         (folder / INDEX).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")

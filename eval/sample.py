@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_budget.errors import DataError
+from vlm_budget.errors import DataError, ImageError
 from vlm_budget.images import decode_image, load_image, upright_rgb
 
 if TYPE_CHECKING:
@@ -43,7 +43,12 @@ class Picture:
         """
         if isinstance(self.source, Path):
             return load_image(self.source)
-        return decode_image(self.source, self.name) if isinstance(self.source, bytes) else upright_rgb(self.source)
+        if isinstance(self.source, bytes):
+            return decode_image(self.source, self.name)
+        try:
+            return upright_rgb(self.source)
+        except (OSError, SyntaxError, ValueError) as error:  # opened, but not yet decoded
+            raise ImageError(f"{self.name!r} is damaged or truncated: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +118,7 @@ def inside(root: Path, relative: str) -> Path:
     try:
         path = (root / str(relative)).resolve()
         base = root.resolve()
-    except (OSError, ValueError) as error:  # a NUL byte, a loop of links
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL byte; a loop of links, before Python 3.13
         raise DataError(f"{relative!r} is no usable path: {error}") from error
     if not path.is_relative_to(base):
         raise DataError(f"{relative!r} leads out of the data folder {str(root)!r}")

@@ -29,7 +29,7 @@ class Source:
             configuration behind a comma: ``"lmms-lab/POPE"``, ``"lmms-lab/DocVQA,DocVQA"``.
         split: Which part of it.
         seed: For tasks that draw their samples.
-        limit: Samples that are wanted at most; a hint for tasks that make them.
+        limit: Samples that are wanted at most; loaders need not heed it.
     """
 
     root: Path | None = None
@@ -85,7 +85,15 @@ class Source:
                     found = found.cast_column(column, datasets.Image(decode=False))
         except Exception as error:  # the library raises anything, and so do foreign files
             raise DataError(f"cannot load dataset {name!r}, split {split!r}: {_first_line(error)}") from error
-        yield from found
+        rows = iter(found)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise DataError(f"cannot read on in dataset {name!r}, split {split!r}: {_first_line(error)}") from error
+            yield row
 
 
 def read_json(path: Path) -> Any:

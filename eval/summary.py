@@ -185,10 +185,11 @@ def _result(
         return Result(task.name, cell, Estimate(float("nan"), float("nan"), 0), errors=errors)
     main = estimate([one.scores[task.metric] for one in done], [one.cluster for one in done])
     cost = {**_mean_costs(done), **_times(clock)}
-    both = {one.sample for one in done}
-    base = [one for one in full if one.error is None and one.sample in both]
-    base_cost = {**_mean_costs(base), **_times(full_clock)} if base else {}
-    share = {name: cost[name] / base_cost[name] for name in COSTS if name in cost and base_cost.get(name)}
+    base = {one.sample: one for one in full if one.error is None}
+    both = [one for one in done if one.sample in base]
+    base_cost = {**_mean_costs([base[one.sample] for one in both]), **_times(full_clock)} if both else {}
+    paid = {**cost, **_mean_costs(both)}
+    share = {name: paid[name] / base_cost[name] for name in COSTS if name in paid and base_cost.get(name)}
     return Result(
         task=task.name,
         cell=cell,

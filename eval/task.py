@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,13 @@ from vlm_budget.eval.source import Source
 Modality = Literal["image", "video", "views", "text"]
 Scores = dict[str, float]
 FOLDERS = [Path(__file__).parent / "tasks"]
+_KINDS: Sequence[tuple[str, Any, str]] = (
+    *((name, str, "text") for name in ("name", "title", "load", "score", "metric", "prompt")),
+    ("summary", str | None, "text"),
+    ("reads_text", bool, "true or false"),
+    ("groups", list | tuple, "a list of names"),
+    ("data", Mapping, "a mapping"),
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,10 @@ class Task:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise TaskError(f"task {self.name!r}: {name} must be a number from 1 on, got {value!r}")
+        for name, kind, said in _KINDS:
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (name == "groups" and not all(isinstance(one, str) for one in value)):
+                raise TaskError(f"task {self.name!r}: {name} must be {said}, got {value!r}")
 
     @property
     def needs_data(self) -> bool:
@@ -75,13 +87,13 @@ class Task:
         return bool(self.data)
 
     def samples(self, source: Source) -> Iterator[Sample | Broken]:
-        """The task's questions; records that are none come as :class:`Broken`.
+        """The task's questions, as many as the source's limit; records that are none come as :class:`Broken`.
 
         Raises:
             DataError: The dataset is missing, or is not laid out as the task says.
         """
         function: Callable[[Source, Task], Iterator[Sample | Broken]] = _resolve(self.load)
-        yield from function(source, self)
+        yield from islice(function(source, self), source.limit)
 
     def ask(self, **values: Any) -> str:
         """The prompt for a record's fields."""
@@ -113,12 +125,23 @@ class Task:
 
 
 def add_folder(path: str | Path) -> None:
-    """Look for tasks in a folder of YAML files, too."""
+    """Look for tasks in a folder of YAML files, too.
+
+    Raises:
+        TaskError: There is no such folder, or it has a task that is known from another one.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise TaskError(f"there is no folder of tasks {str(path)!r}")
-    if folder not in FOLDERS:
-        FOLDERS.append(folder)
+    if any(folder.resolve() == one.resolve() for one in FOLDERS):
+        return
+    known = _files()
+    for file in sorted(folder.glob("*.yaml")):
+        if file.stem in known:
+            raise TaskError(
+                f"task {file.stem!r} of {str(folder)!r} has the name of {str(known[file.stem])!r}; rename its file"
+            )
+    FOLDERS.append(folder)
 
 
 def task_names() -> list[str]:
@@ -155,7 +178,7 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
 
 
 def _files() -> dict[str, Path]:
-    return {path.stem: path for folder in reversed(FOLDERS) for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.yaml"))}
 
 
 def _groups() -> dict[str, list[str]]:
@@ -171,13 +194,15 @@ def _read(path: Path) -> Task:
 
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # an impossible date is a ValueError
         raise TaskError(f"cannot read task {str(path)!r}: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise TaskError(f"task {str(path)!r} is no mapping of fields")
     known = {one.name for one in fields(Task)}
     if strange := sorted(set(map(str, data)) - known):
         raise TaskError(f"task {str(path)!r} has unknown fields: {', '.join(strange)}")
+    if data.get("name", path.stem) != path.stem:
+        raise TaskError(f"task {str(path)!r} calls itself {data['name']!r}; a task is named like its file")
     try:
         return Task(**{"name": path.stem, **data})
     except TypeError as error:
@@ -188,5 +213,6 @@ def _resolve(target: str) -> Any:
     module, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise TaskError(f"there is no function {target!r}: {error}") from error
+    except Exception as error:  # a module of one's own may raise anything
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise TaskError(f"there is no function {target!r} (module:function): {told}") from error

@@ -50,7 +50,7 @@ def _fault(one: Sample | Broken, seen: set[str], pictures: bool) -> str | None:
     if not pictures:
         return None
     try:
-        if one.clip is not None and not one.clip.path.exists():
+        if one.clip is not None and not one.clip.path.is_file():
             return f"there is no video {one.clip.name!r}"
         for picture in one.images:
             picture.load()

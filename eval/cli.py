@@ -80,13 +80,13 @@ Data = Annotated[
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Samples per task at most.", rich_help_panel=_DATA)]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of tasks that draw samples.", rich_help_panel=_DATA)]
 BatchSize = Annotated[
-    int | None, typer.Option("--batch", min=1, help="Samples at once [default: 8].", rich_help_panel=_HOW)
+    int | None, typer.Option("--batch", min=1, help="Samples at once; 8 by default.", rich_help_panel=_HOW)
 ]
 Sharing = Annotated[
     bool | None,
     typer.Option(
         "--share-encoding/--no-share-encoding",
-        help="Encode pictures once per batch for all methods [default: share].",
+        help="Encode pictures once per batch for all methods, the default.",
         rich_help_panel=_HOW,
     ),
 ]
@@ -175,7 +175,7 @@ def resume(folder: RunFolder, debug: DebugOption = False) -> None:
 @clean
 def report(
     folder: RunFolder,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the pages [default: the run's].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the pages; the run's by default.")] = None,
     formats: Annotated[str, typer.Option("--formats", help="html, md and csv, separated by commas.")] = "html,md,csv",
     task_folder: TaskFolders = None,
     times: TimesOption = True,
@@ -251,6 +251,7 @@ def list_tasks(
     """
     from dataclasses import asdict
 
+    from vlm_budget.eval.report.words import clean as clean_text
     from vlm_budget.eval.task import add_folder, read_task, task_names
 
     for folder in task_folder or []:
@@ -274,7 +275,9 @@ def list_tasks(
         table.add_column(name)
     for one in tasks:
         needed = "yours: --data" if one.needs_data else "made on the spot"
-        table.add_row(one.name, str(one.version), one.modality, one.metric, needed, Text(one.title))
+        table.add_row(
+            Text(one.name), str(one.version), one.modality, Text(one.metric), needed, Text(clean_text(one.title))
+        )
     out_console().print(table)
 
 
@@ -296,6 +299,7 @@ def validate(
       vlm-budget eval validate --tasks textvqa --data textvqa=./TextVQA
     """
     from vlm_budget.eval.config import EvalConfig
+    from vlm_budget.eval.report.words import clean as clean_text
     from vlm_budget.eval.validate import look_through
 
     config = EvalConfig.of(
@@ -311,6 +315,6 @@ def validate(
                 Text.assemble((name, "bold"), f": {facts['samples']} samples, ", (f"{facts['broken']} faulty", colour))
             )
             for fault in facts["faults"]:
-                out_console().print(Text(f"  {fault}"))
+                out_console().print(Text(f"  {clean_text(fault)}"))  # of unknown origin: it may move the cursor
     if any(facts["broken"] for facts in found.values()):
         raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -158,7 +159,7 @@ class EvalConfig:
             return drawn
         if named == "hub" or named.startswith(_HUB):
             return replace(drawn, hub=named.removeprefix("hub").removeprefix(":") or None)
-        source = replace(drawn, root=Path(named).expanduser())
+        source = replace(drawn, root=Path(os.path.expanduser(named)))
         _ = source.folder  # refused now, before a model is loaded
         return source
 

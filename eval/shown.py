@@ -55,7 +55,7 @@ def _print_summary(run: Run, summary: Summary) -> None:
     table = Table(title=Text(f"{run.manifest['model']['name']}: the task's metric ± standard error"))
     table.add_column("method")
     for task in summary.tasks:
-        table.add_column(f"{task.name}\n{task.metric}", justify="right")
+        table.add_column(Text(f"{task.name}\n{task.metric}"), justify="right")
     for cell in summary.cells:
         row = []
         for task in summary.tasks:

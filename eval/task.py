@@ -178,7 +178,7 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
 
 
 def _files() -> dict[str, Path]:
-    return {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for folder in reversed(FOLDERS) for path in sorted(folder.glob("*.yaml"))}
 
 
 def _groups() -> dict[str, list[str]]:

@@ -20,7 +20,17 @@ from vlm_budget.cli.common import (
     out_console,
     print_json,
 )
-from vlm_budget.eval.shown import data_places, method_words, plain, read_summary, run_all, words, write_pages
+from vlm_budget.eval.shown import (
+    data_places,
+    method_words,
+    plain,
+    read_config,
+    read_summary,
+    run_all,
+    shared_tasks,
+    words,
+    write_pages,
+)
 
 app = typer.Typer(
     name="eval",
@@ -166,9 +176,8 @@ def resume(folder: RunFolder, debug: DebugOption = False) -> None:
       vlm-budget eval resume results
     """
     from vlm_budget.eval.config import EvalConfig
-    from vlm_budget.eval.store import read_manifest
 
-    run_all(EvalConfig.of(read_manifest(folder)["config"], f"the manifest of {str(folder)!r}"), folder)
+    run_all(EvalConfig.of(read_config(folder), f"the manifest of {str(folder)!r}"), folder)
 
 
 @app.command("report")
@@ -209,7 +218,7 @@ def compare(
 
       vlm-budget eval compare results 'hired at 20%' 'random at 20%'
     """
-    from vlm_budget.errors import UnknownNameError
+    from vlm_budget.errors import RunError, UnknownNameError
     from vlm_budget.eval.summary import compare as paired
 
     summary = read_summary(folder, task_folder, times=False)
@@ -217,9 +226,10 @@ def compare(
     for name in (first, second):
         if name not in cells:
             raise UnknownNameError(f"the run has no {name!r}; it has {', '.join(map(repr, cells))}")
-    found = {
-        task.name: paired(summary.run, task.name, task.metric, cells[first], cells[second]) for task in summary.tasks
-    }
+    shared = shared_tasks(summary, cells[first], cells[second])
+    if not shared:
+        raise RunError(f"{first} and {second} share no answered sample of any task")
+    found = {task.name: paired(summary.run, task.name, task.metric, cells[first], cells[second]) for task in shared}
     if as_json:
         print_json({"first": first, "second": second, "tasks": {name: vars(one) for name, one in found.items()}})
         return

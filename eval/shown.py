@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,11 @@ from rich.text import Text
 from vlm_budget.cli.common import err_console, out_console
 
 if TYPE_CHECKING:
+    from vlm_budget.eval.cells import Cell
     from vlm_budget.eval.config import EvalConfig
     from vlm_budget.eval.store import Run
     from vlm_budget.eval.summary import Summary
+    from vlm_budget.eval.task import Task
 
 
 def run_all(config: EvalConfig, out: Path) -> None:
@@ -76,10 +78,33 @@ def read_summary(folder: Path, task_folders: Sequence[str] | None, times: bool) 
     from vlm_budget.eval.summary import summarise
     from vlm_budget.eval.task import add_folder
 
-    found = read_run(folder)
-    for path in (*found.manifest["config"].get("task_folders", ()), *(task_folders or ())):
+    for path in (*read_config(folder).get("task_folders", ()), *(task_folders or ())):
         add_folder(path)
-    return summarise(found, times=times)
+    return summarise(read_run(folder), times=times)
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """The configuration in a run's manifest.
+
+    Raises:
+        RunError: There is no run, or its manifest is damaged.
+    """
+    from vlm_budget.errors import RunError
+    from vlm_budget.eval.store import read_manifest
+
+    manifest = read_manifest(folder)
+    kinds = {"model": dict, "tasks": dict, "cells": list, "config": dict}
+    if missing := [name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)]:
+        raise RunError(f"the manifest of {str(folder)!r} is damaged: it has no {' and no '.join(missing)}")
+    config: Mapping[str, Any] = manifest["config"]
+    return config
+
+
+def shared_tasks(summary: Summary, *cells: Cell) -> list[Task]:
+    """Tasks with samples that all of some cells answered; of an unfinished run not all tasks may have any."""
+    done = {(one.task, one.sample, one.cell) for one in summary.run.answers if one.error is None}
+    names = {task for task, sample, _ in done if all((task, sample, cell) in done for cell in cells)}
+    return [task for task in summary.tasks if task.name in names]
 
 
 def write_pages(summary: Summary, out: Path, formats: Sequence[str], times: bool) -> list[Path]:

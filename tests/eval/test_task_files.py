@@ -150,8 +150,6 @@ def test_a_function_that_is_not_there_is_said(mine: Path, target: str, monkeypat
     assert repr(target) in str(caught.value)
 
 
-
-
 def test_a_metric_that_is_no_score_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     task = Task("t", 1, "t", "text", "x:y", "poster_task:score", "f1")
     with pytest.raises(TaskError, match=r"names metric 'f1', its scores are \['accuracy'\]"):

@@ -16,10 +16,6 @@ PAGES = 200
 MAX_BYTES = 3_000_000
 
 
-if not (vit.folder() / WEIGHTS).exists():
-    pytest.skip(f"no weights in {vit.folder().name}/: eval.vit.train, then publish", allow_module_level=True)
-
-
 @pytest.fixture(scope="module")
 def model() -> torch.nn.Module:
     return vit.load()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ _IN_ALL = 60
 def worst(run: Run, tasks: Sequence[Task], each: int) -> list[tuple[Answer, Answer]]:
     """Answers that lost most against the unpatched model's, with those: per task and cell the ``each`` worst.
 
-    Of equal losses those come first that most cells share, then by name, so that equal runs choose alike.
+    Of equal losses those come first that most cells share, then by name, so that equal runs choose alike. Where there
+    are too many in all, tasks take turns, and every cell's worst comes before any second.
     """
     metrics = {task.name: task.metric for task in tasks}
     full = {(one.task, one.sample): one for one in run.answers if one.cell.unpatched and one.error is None}
@@ -39,13 +41,16 @@ def worst(run: Run, tasks: Sequence[Task], each: int) -> list[tuple[Answer, Answ
         if loss > 0:
             lost.setdefault((one.task, one.cell), []).append((loss, one))
             shared[one.task, one.sample] = shared.get((one.task, one.sample), 0) + 1
-    found = []
+    found: dict[str, list[tuple[int, Answer]]] = {}
     for place in sorted(lost):
         ordered = sorted(
             lost[place], key=lambda pair: (-pair[0], -shared[pair[1].task, pair[1].sample], pair[1].sample)
         )
-        found += [(one, full[one.task, one.sample]) for _, one in ordered[:each]]
-    return found[:_IN_ALL]
+        found.setdefault(place[0], []).extend(enumerate(one for _, one in ordered[:each]))
+    turns = [sorted(ranked, key=lambda pair: (pair[0], pair[1].cell)) for ranked in found.values()]
+    taken = [pair for turn in zip_longest(*turns) for pair in turn if pair is not None][:_IN_ALL]
+    taken.sort(key=lambda pair: (pair[1].task, pair[1].cell, pair[0]))
+    return [(one, full[one.task, one.sample]) for _, one in taken]
 
 
 def draw_regressions(

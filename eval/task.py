@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -89,11 +89,20 @@ class Task:
     def samples(self, source: Source) -> Iterator[Sample | Broken]:
         """The task's questions, as many as the source's limit; records that are none come as :class:`Broken`.
 
+        So does a sample whose id another one has: answers are kept by id.
+
         Raises:
             DataError: The dataset is missing, or is not laid out as the task says.
         """
         function: Callable[[Source, Task], Iterator[Sample | Broken]] = _resolve(self.load)
-        yield from islice(function(source, self), source.limit)
+        seen: set[str] = set()
+        for one in islice(function(source, self), source.limit):
+            name = one.id
+            if name in seen:
+                name = next(f"{one.id} #{turn}" for turn in count(2) if f"{one.id} #{turn}" not in seen)
+            seen.add(name)
+            error = one.error if isinstance(one, Broken) else "its id stands twice"
+            yield one if name == one.id else Broken(name, error)
 
     def ask(self, **values: Any) -> str:
         """The prompt for a record's fields."""

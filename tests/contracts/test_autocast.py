@@ -16,6 +16,7 @@ from vlm_budget.registry import PRUNERS
 
 from . import schedules
 from .conftest import BUDGET, VISION, case
+from .patched import unpatched_or_skip
 
 DECODER = [name for name in vlm_budget.list_methods() if PRUNERS.get(name).stage == "decoder"]
 Call = tuple[Callable[[], Any], Any]
@@ -61,6 +62,7 @@ def check_same_again(calls: list[Call]) -> None:
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "smolvlm"])
 def test_methods_before_the_language_model(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = case(name).tiny
+    unpatched_or_skip(lambda: forward(tiny.model, tiny.clone()), None, "autocast")
     seen = recorded(monkeypatch, PRUNERS.get(method), "select")
     with seen as calls, vlm_budget.patch(tiny.model, method, BUDGET):
         forward(tiny.model, tiny.clone())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from poster_task import TASKS, write_posters
+from poster_task import TASKS, write_posters, write_records
 from vlm_budget.errors import DataError, ImageError, TaskError, UnknownNameError
 from vlm_budget.eval import task as task_module
 from vlm_budget.eval.batching import batches, halves, windows
@@ -168,6 +168,18 @@ def test_no_task_gives_more_samples_than_the_limit(tmp_path: Path) -> None:
     assert len(list(task.samples(Source(root=tmp_path / "posters")))) == 6
     assert len(list(task.samples(Source(root=tmp_path / "posters", limit=4)))) == 4
     assert len(list(read_task("nano_count").samples(Source(limit=7)))) == 7
+
+
+def test_an_id_that_stands_twice_breaks_its_second_sample_only(tmp_path: Path) -> None:
+    add_folder(TASKS)
+    records = write_posters(tmp_path, 1)
+    names = ["a", "a", "a #2", "b", "a"]
+    write_records(tmp_path, [{**one, "id": name} for one, name in zip(records, names, strict=False)])
+    found = list(read_task("posters").samples(Source(root=tmp_path)))
+    assert [one.id for one in found] == ["a", "a #2", "a #2 #2", "b", "a #3"]
+    assert [getattr(one, "error", None) for one in found] == [None, *["its id stands twice"] * 2, None] + [
+        "its id stands twice"
+    ]
 
 
 def test_a_seed_draws_other_posters_and_none_the_published_ones() -> None:

@@ -19,7 +19,7 @@ from vlm_budget.eval.task import Task
 from vlm_budget.picture import draw_kept
 
 INDEX, PICTURES = "regressions.json", "pictures"
-_IN_ALL, _WIDEST = 60, 1000
+_IN_ALL, _WIDEST = 40, 720
 
 
 def worst(run: Run, tasks: Sequence[Task], each: int) -> list[tuple[Answer, Answer]]:
@@ -115,7 +115,7 @@ def _picture(folder: Path, driver: Driver, task: Task, sample: Sample, lost: Ans
         path.parent.mkdir(exist_ok=True)
         page = draw_kept(sources, kept, str(lost.cell))
         page.thumbnail((_WIDEST, _WIDEST))
-        page.quantize(256).save(path, optimize=True)  # dozens of them go into one HTML file
+        page.quantize(128).save(path, optimize=True)  # dozens of them go into one HTML file
     except OSError as error:
         raise RunError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
     return name

@@ -236,7 +236,7 @@ def test_a_folder_without_a_run_is_refused(cli: Cli, tmp_path: Path, verb: str) 
         ({"--tasks": "nano_cuont"}, ("unknown task 'nano_cuont'", "Did you mean 'nano_count'")),
         ({"--tasks": ""}, ("name at least one task",)),
         ({"--methods": "hierd"}, ("Did you mean 'hired'",)),
-        ({"--methods": "hired(alhpa=1)"}, ("Did you mean 'alpha'",)),
+        ({"--methods": "hired(alphaa=1)"}, ("Did you mean 'alpha'",)),
         ({"--budgets": "a fifth"}, ("cannot read a budget from 'a fifth'",)),
         ({"--budgets": "150%"}, ("a relative budget is a share",)),
         ({"--without": "hired"}, ("hired is no baseline; there are unpatched, random, uniform",)),

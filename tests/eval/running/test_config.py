@@ -178,7 +178,7 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
     [
         ({"tasks": ["nano_cuont"]}, UnknownNameError, "Did you mean 'nano_count'"),
         ({"tasks": ["nnano"]}, UnknownNameError, "Did you mean 'nano'"),
-        ({"methods": [{"hired": {"alhpa": 1}}]}, UnknownNameError, "Did you mean 'alpha'"),
+        ({"methods": [{"hired": {"alphaa": 1}}]}, UnknownNameError, "Did you mean 'alpha'"),
         ({"methods": ["hired("]}, OptionError, "cannot read method"),
         ({"budgets": ["a fifth"]}, BudgetError, "cannot read a budget"),
         ({"without": ["hired"]}, OptionError, "hired is no baseline"),

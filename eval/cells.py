@@ -138,11 +138,14 @@ def _options(text: str, whole: str) -> dict[str, Any]:
 
 
 def _split(text: str, mark: str) -> list[str]:
-    """Split at a mark outside brackets."""
-    parts, depth = [""], 0
+    """Split at a mark outside brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
     for letter in text:
-        depth += (letter in "([") - (letter in ")]")
-        if letter == mark and depth == 0:
+        if letter in "'\"" and quote in ("", letter):
+            quote = "" if quote else letter
+        if not quote:
+            depth += (letter in "([") - (letter in ")]")
+        if letter == mark and depth == 0 and not quote:
             parts.append("")
         else:
             parts[-1] += letter

@@ -142,6 +142,11 @@ class EvalConfig:
         methods = [name for one in self.methods for name in (PRUNERS.names() if one == ALL else [one])]
         return tasks, make_cells(methods, self.budgets, self.without)
 
+    def anchored(self) -> EvalConfig:
+        """The same with absolute paths, so that a run can be resumed from any folder."""
+        data = {task: place if _on_hub(place) else _absolute(place) for task, place in self.data.items()}
+        return replace(self, data=data, task_folders=tuple(map(_absolute, self.task_folders)))
+
     def source(self, task: Task) -> Source:
         """Where a task's samples come from.
 
@@ -157,7 +162,7 @@ class EvalConfig:
                     f"to load {task.data.get('hub', 'it')!r}. What the folder holds: 'vlm-budget eval ls {task.name}'."
                 )
             return drawn
-        if named == "hub" or named.startswith(_HUB):
+        if _on_hub(named):
             return replace(drawn, hub=named.removeprefix("hub").removeprefix(":") or None)
         source = replace(drawn, root=Path(os.path.expanduser(named)))
         _ = source.folder  # refused now, before a model is loaded
@@ -174,3 +179,11 @@ def _entry(name: str, entry: Any, where: str) -> str:
     if not isinstance(entry, str) and not number:
         raise OptionError(f"{where}: {name} is a list of names, and has {entry!r}")
     return str(entry)
+
+
+def _on_hub(place: str) -> bool:
+    return place == "hub" or place.startswith(_HUB)
+
+
+def _absolute(place: str) -> str:
+    return os.path.abspath(os.path.expanduser(place))

@@ -98,6 +98,7 @@ def manifest(
     """What a run is, for its folder."""
     _, base, _ = find_family(loaded.model)
     facts = loaded.facts()
+    config = config.anchored()
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": {**facts, "weights": weights_fingerprint(base)},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -134,7 +135,7 @@ class Task:
 
 
 def add_folder(path: str | Path) -> None:
-    """Look for tasks in a folder of YAML files, too.
+    """Look for tasks in a folder of YAML files, too; their functions are found in Python files beside them.
 
     Raises:
         TaskError: There is no such folder, or it has a task that is known from another one.
@@ -151,6 +152,8 @@ def add_folder(path: str | Path) -> None:
                 f"task {file.stem!r} of {str(folder)!r} has the name of {str(known[file.stem])!r}; rename its file"
             )
     FOLDERS.append(folder)
+    if str(folder.resolve()) not in sys.path:
+        sys.path.append(str(folder.resolve()))
 
 
 def task_names() -> list[str]:

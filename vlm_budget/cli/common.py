@@ -153,6 +153,7 @@ def clean(verb: Callable[..., None]) -> Callable[..., None]:
 
 def _fail(message: str) -> NoReturn:
     console = err_console()
+    message = "".join(letter if letter.isprintable() else " " for letter in message)  # foreign text steers no terminal
     console.print("[bold red]error:[/bold red]", end=" ")
     console.print(message, markup=False, soft_wrap=True)
     raise typer.Exit(1)

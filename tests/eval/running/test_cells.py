@@ -46,6 +46,7 @@ def test_options_reach_the_methods() -> None:
 
 def test_commas_within_brackets_do_not_separate() -> None:
     assert split_methods("hired, fastv(k=2,r=0.5),a(x=(1,2))+b") == ["hired", "fastv(k=2,r=0.5)", "a(x=(1,2))+b"]
+    assert split_methods("a(x='1,2+3)'),b(y=\"it's\"),c") == ["a(x='1,2+3)')", 'b(y="it\'s")', "c"]
     assert method_text({"fastv": {"k": 2, "r": 0.5}}) == "fastv(k=2, r=0.5)"
     assert method_text("hired") == "hired"
 

@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from vlm_budget.errors import BudgetError, OptionError
+from vlm_budget.budget import Budget
+from vlm_budget.errors import InfeasibleBudgetError, OptionError
 from vlm_budget.vit import Reduced, VitContext, VitMethod, equal_steps
 
 
@@ -98,7 +99,7 @@ class ToMe(VitMethod):
         """``r`` fewer from block to block; a budget is spread in equal steps.
 
         Raises:
-            BudgetError: A block would have to merge away more than half of its tokens.
+            InfeasibleBudgetError: A block would have to merge away more than half of its tokens.
         """
         if self.r is not None:
             counts = [tokens]
@@ -108,10 +109,10 @@ class ToMe(VitMethod):
         assert keep is not None, "the engine gives a budget to methods that are not fixed"
         if not _feasible(tokens, keep, blocks):
             least = next(k for k in range(keep, tokens + 1) if _feasible(tokens, k, blocks))
-            raise BudgetError(
+            raise InfeasibleBudgetError(
                 f"{self} cannot leave {keep} of {tokens} tokens: with equal steps over {blocks} blocks, one of them "
-                f"would merge away more than half of its tokens. The nearest feasible count is {least} tokens (or "
-                f"{least / tokens:.4g})."
+                "would merge away more than half of its tokens.",
+                [Budget(least, "tokens", relative=False), Budget(least / tokens)],
             )
         return tuple(equal_steps(tokens, keep, blocks))
 

@@ -112,9 +112,9 @@ def test_r_stops_at_half_of_the_tokens() -> None:
 
 
 def test_a_budget_out_of_reach_names_the_nearest() -> None:
-    with pytest.raises(BudgetError, match=r"nearest feasible count is (\d+) tokens") as caught:
+    with pytest.raises(BudgetError, match=r"nearest feasible budget is (\d+) tokens") as caught:
         ToMe().schedule(144, 4, 8)
-    least = int(str(caught.value).split("count is ")[1].split()[0])
+    least = int(str(caught.value).split("budget is ")[1].split()[0])
     assert ToMe().schedule(144, least, 8)[-1] == least
     with pytest.raises(BudgetError):
         ToMe().schedule(144, least - 1, 8)

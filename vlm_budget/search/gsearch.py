@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..budget import Budget
-from ..errors import BudgetError, OptionError
+from ..errors import InfeasibleBudgetError, OptionError
 from ..planning import Methods
 from ..recipe import Recipe
 from ..registry import PRUNERS
@@ -227,10 +227,10 @@ def _require_reachable(found: RateSearch, budget: Budget) -> None:
         while found.share((1.0,) * first + (0.0,) * (layers - first), nearest) > 1:
             units += 1  # products of floats may fall short by a hair
             nearest = replace(budget, amount=units / grain)
-        raise BudgetError(
-            f"no schedule keeps to budget '{budget}': the first {first} of {layers} layers see every visual token. The "
-            f"nearest feasible budget is '{nearest}'; or drop tokens before the language model, with a method such as "
-            "'hired'."
+        raise InfeasibleBudgetError(
+            f"no schedule keeps to budget '{budget}': the first {first} of {layers} layers see every visual token. "
+            "Drop tokens before the language model, with a method such as 'hired', or raise the budget.",
+            [nearest],
         )
 
 
@@ -245,7 +245,7 @@ def _within(
             break
         low, high = high, min(_RAISE * high, most)
     else:
-        raise BudgetError(f"no tolerance up to {low:g} gives a schedule within '{budget}'; raise the budget")
+        raise InfeasibleBudgetError(f"no tolerance up to {low:g} gives a schedule within '{budget}'. Raise the budget.")
     for _ in range(_REFINEMENTS if low else 0):
         middle = (low * high) ** 0.5
         tried = searched(middle)

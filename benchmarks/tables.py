@@ -164,14 +164,15 @@ def evaluation(data: dict[str, Any]) -> str:
     sweep, one, two = data["sweep"], data["pairs"]["1"], data["pairs"]["2"]
     place, ratios = data["environment"], data["second_process"]["ratios"]
     share = sweep["answered"] / sweep["answers"]
+    spread = f"median of {len(ratios)}, {min(ratios):.2f} to {max(ratios):.2f}"
+    starts = f"{one[0]['seconds']:.0f} s and {two[0]['seconds']:.0f} s with the start"
     return (
         f"On nano, {place['device']}, two processes of one thread each, commit `{(place['git'] or 'unknown')[:12]}`: "
         f"every registered method at budgets {data['budgets'].replace(',', ', ')} on all four tasks with "
         f"{data['samples_per_task']} samples each ({sweep['cells']} columns, {sweep['answers']:,} answers, of them "
         f"{share:.0%} within reach of their budget on a model of four layers) took {sweep['seconds'] / 60:.1f} "
-        f"minutes. A smaller run answered {data['second_process']['median']:.2f} times as many samples per second on two "
-        f"processes as on one (median of {len(ratios)}, {min(ratios):.2f} to {max(ratios):.2f}; {one[0]['answers']:,} "
-        f"answers, {one[0]['seconds']:.0f} s and {two[0]['seconds']:.0f} s with the start), with "
+        f"minutes. A smaller run answered {data['second_process']['median']:.2f} times as many samples per second on "
+        f"two processes as on one ({spread}; {one[0]['answers']:,} answers, {starts}), with "
         f"{'the same' if data['equal_answers'] else 'OTHER'} answers. `python benchmarks/evaluation.py` measures this."
     )
 

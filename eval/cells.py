@@ -103,10 +103,14 @@ def make_cells(methods: Sequence[str], budgets: Sequence[str], without: Sequence
     part = [str(spend) for spend in spends if not (spend.relative and spend.amount >= 1)]
     names = [name for name in BASELINES[1:] if name not in without and part]
     cells = [] if UNPATCHED in without else [Cell()]
-    for method in dict.fromkeys([*names, *methods]):
+    seen: list[Methods] = []
+    for method in (one.strip() for one in (*names, *methods)):
         if method == UNPATCHED:
             continue
         acting = parse_methods(method)
+        if acting in seen:  # spelled in another way
+            continue
+        seen.append(acting)
         fixed = acting.vision is None and acting.decoder is not None and acting.decoder.fixed
         cells += [Cell(method, FIXED)] if fixed else [Cell(method, budget) for budget in part]
     if not cells:

@@ -47,8 +47,9 @@ def plain(options: Sequence[str]) -> list[str]:
 def read_choice(answer: str, options: Sequence[str]) -> str | None:
     """The letter that a model chose.
 
-    In this order: a bare letter (``B``, ``(b)``, ``B.``); the last statement such as ``the answer is (B)``; a letter
-    that opens the answer (``B. red``) or closes it on a line of its own; one bracketed letter; the text of one option.
+    In this order: a bare letter (``B``, ``(b)``, ``B.``), also as the first line of more; the last statement such as
+    ``the answer is (B)``; a letter that opens the answer (``B. red``) or closes it on a line of its own; one bracketed
+    letter; the text of one option.
 
     Args:
         answer: What it said. Of a reasoning model, what comes behind ``</think>`` counts.
@@ -64,6 +65,8 @@ def read_choice(answer: str, options: Sequence[str]) -> str | None:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if found := _ALONE.match(text):
         return _known(found[1], letters)
+    if len(lines) > 1 and (found := _ALONE.match(lines[0])) and (letter := _known(found[1], letters)):
+        return letter
     stated = _stated(text, letters)
     if stated is not None:
         return stated or None

@@ -16,6 +16,8 @@ from vlm_budget.registry import PRUNERS
 
 ALL = "all"
 _HUB = "hub:"
+_DEVICES = ("auto", "cpu", "cuda", "mps")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _KINDS: Sequence[tuple[str, Any, str]] = (
     *((name, str, "text") for name in ("model", "device", "dtype")),
     ("seed", int | None, "a number"),
@@ -79,6 +81,11 @@ class EvalConfig:
                 raise OptionError(f"{name} must be {said}, got {getattr(self, name)!r}")
         if not all(isinstance(text, str) for pair in self.data.items() for text in pair):
             raise OptionError(f"data must be a mapping of tasks to folders, got {dict(self.data)!r}")
+        if self.seed is not None and self.seed < 0:
+            raise OptionError(f"seed must be a number from 0 on, got {self.seed}")
+        for name, known in (("device", _DEVICES), ("dtype", _DTYPES)):
+            if getattr(self, name) not in known:
+                raise OptionError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not self.tasks:
             raise OptionError("name at least one task; see them with 'vlm-budget eval ls'")
 

@@ -14,7 +14,7 @@ from vlm_budget.eval.cells import Cell
 from vlm_budget.eval.driver import Driver
 from vlm_budget.eval.sample import Sample
 from vlm_budget.eval.source import Source
-from vlm_budget.eval.store import Answer, Run, read_run
+from vlm_budget.eval.store import Answer, Run, read_run, write_whole
 from vlm_budget.eval.task import Task
 from vlm_budget.picture import draw_kept
 
@@ -81,7 +81,7 @@ def draw_regressions(
                 raise RunError(f"task {task.name!r} has no sample {one.sample!r} any more; its data has changed")
             entries.append(_entry(folder, driver, task, samples[one.sample], one, base))
     try:
-        (folder / INDEX).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        write_whole(folder / INDEX, json.dumps(entries, indent=1) + "\n")
     except OSError as error:
         raise RunError(f"cannot write {str(folder / INDEX)!r}: {error.strerror or error}") from error
 

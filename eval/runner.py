@@ -32,7 +32,7 @@ from vlm_budget.eval.driver import Batch, Driver
 from vlm_budget.eval.record import environment
 from vlm_budget.eval.regressions import draw_regressions
 from vlm_budget.eval.sample import Broken, Sample
-from vlm_budget.eval.store import DONE, Answer, BatchTime, Key, Run, Store, answered, begin, locked, read_run
+from vlm_budget.eval.store import Answer, BatchTime, Key, Run, Store, answered, begin, locked, note_session, read_run
 from vlm_budget.eval.task import Task
 from vlm_budget.eval.team import Team
 from vlm_budget.models import find_family, weights_fingerprint
@@ -65,20 +65,21 @@ def run(config: EvalConfig, out: str | Path, progress: Progress | None = None, l
     folder = Path(out)
     tasks, cells = config.resolve()
     sources = {task.name: config.source(task) for task in tasks}
-    for task in tasks:
-        _require_samples(task, task.samples(sources[task.name]))
+    sizes = {task.name: _size(task, task.samples(sources[task.name])) for task in tasks}
     team = Team.join(config.device)
     with ExitStack() as held:
         team.once(lambda: held.enter_context(locked(folder)) if team.leads else None)
         model = loaded or _load(config)
         cells, refused = _usable(model, cells, config)
-        team.once(lambda: begin(folder, manifest(config, model, tasks, cells, refused)))
-        worker = Worker(Driver(model, cells, config.share_encoding), cells, Store(folder, team.rank), answered(folder))
-        counts = dict.fromkeys((task.name for task in tasks), 0)
+        what = team.once(lambda: _begun(folder, manifest(config, model, tasks, cells, refused, sizes), team))
+        begin(folder, what)  # where each machine has a folder of its own, in every one of them
+        known = answered(folder)
+        worker = Worker(Driver(model, cells, config.share_encoding), cells, Store(folder, team.rank), known)
+        if progress is not None:
+            progress.begin(max(0, sum(sizes.values()) * len(cells) - len(known)) // team.size)
         turns = count()
         for task in tasks:
             for window in windows(task.samples(sources[task.name]), config.batch):
-                counts[task.name] += len(window)
                 for members in batches(window, config.batch):
                     if next(turns) % team.size == team.rank:
                         worker.answer(task, members)
@@ -86,14 +87,18 @@ def run(config: EvalConfig, out: str | Path, progress: Progress | None = None, l
                             progress.update(worker)
         team.wait()
         if team.leads:
-            _finish(folder, counts)
             draw_regressions(folder, worker.driver, tasks, sources, config.pictures)
         team.wait()
     return read_run(folder)
 
 
 def manifest(
-    config: EvalConfig, loaded: Loaded, tasks: Sequence[Task], cells: Sequence[Cell], refused: Mapping[str, str]
+    config: EvalConfig,
+    loaded: Loaded,
+    tasks: Sequence[Task],
+    cells: Sequence[Cell],
+    refused: Mapping[str, str],
+    sizes: Mapping[str, int],
 ) -> dict[str, Any]:
     """What a run is, for its folder."""
     _, base, _ = find_family(loaded.model)
@@ -106,6 +111,7 @@ def manifest(
         "cells": [asdict(cell) for cell in cells],
         "refused": dict(refused),
         "data": {task.name: config.data.get(task.name, "made on the spot") for task in tasks},
+        "samples": dict(sizes),
         "options": {"limit": config.limit, "seed": config.seed},
         "config": asdict(config),
         "environment": environment(str(loaded.device), loaded.dtype),
@@ -141,6 +147,7 @@ class Worker:
         self.right: dict[bool, list[float]] = {True: [0.0, 0], False: [0.0, 0]}
         self._warm: set[Cell] = set()
         self._unmet: dict[tuple[Any, ...], str] = {}  # budgets that prompts of a size cannot meet
+        self._most: dict[Cell, int] = {}  # samples at once that memory allows
 
     def answer(self, task: Task, members: Sequence[Sample | Broken]) -> None:
         """Answer what is still owed of a batch."""
@@ -161,13 +168,34 @@ class Worker:
 
     def _ask(self, task: Task, samples: Sequence[Sample], cells: Sequence[Cell]) -> None:
         """Answer samples together, or by halves where that fails."""
+        for members, most in self._together(samples, cells):
+            if most < len(samples):
+                for start in range(0, len(samples), most):
+                    self._ask(task, samples[start : start + most], members)
+                continue
+            for failed, error in self._try(task, samples, members):
+                self._divide(task, samples, failed, error)
+
+    def _together(self, samples: Sequence[Sample], cells: Sequence[Cell]) -> list[tuple[list[Cell], int]]:
+        """Cells by how many samples they can take at once."""
+        groups: dict[int, list[Cell]] = {}
+        for cell in cells:
+            groups.setdefault(min(self._most.get(cell, len(samples)), len(samples)), []).append(cell)
+        return [(members, most) for most, members in groups.items()]
+
+    def _try(self, task: Task, samples: Sequence[Sample], cells: Sequence[Cell]) -> list[tuple[Sequence[Cell], str]]:
+        """Answer; the cells that failed, with their errors in words.
+
+        When this returns nothing of a failed batch is alive: an exception would keep its memory.
+        """
         try:
             prepared = self.driver.prepare(task, samples)
         except _FATAL:
             raise
         except Exception as error:  # foreign pictures and processors raise anything
-            self._divide(task, samples, cells, error)
-            return
+            self._remember(error, cells, len(samples))
+            return [(cells, _told(error))]
+        failed: list[tuple[Sequence[Cell], str]] = []
         for cell in cells:
             feasible = self._feasible(task, samples, cell, prepared)
             if len(feasible) < len(samples):
@@ -181,7 +209,14 @@ class Worker:
             except Exception as error:
                 if isinstance(error, BudgetError) and len(samples) == 1:
                     self._unmet[_prompt(cell, prepared, 0)] = _told(error)
-                self._divide(task, samples, [cell], error)
+                self._remember(error, [cell], len(samples))
+                failed.append(([cell], _told(error)))
+        return failed
+
+    def _remember(self, error: Exception, cells: Sequence[Cell], samples: int) -> None:
+        """Where memory ran out, never again ask so many at once."""
+        if isinstance(error, torch.OutOfMemoryError):
+            self._most |= dict.fromkeys(cells, max(1, samples // 2))
 
     def _feasible(self, task: Task, samples: Sequence[Sample], cell: Cell, prepared: Batch) -> list[Sample]:
         """Samples of sizes that are not known to be beyond the budget; the others get their error."""
@@ -206,19 +241,18 @@ class Worker:
         ids = tuple(one.id for one in samples)
         self._note(task, answers, BatchTime(task.name, cell, ids, found.ms, prepared.shared, found.peak_bytes))
 
-    def _divide(self, task: Task, samples: Sequence[Sample], cells: Sequence[Cell], error: Exception) -> None:
-        if isinstance(error, torch.OutOfMemoryError):
+    def _divide(self, task: Task, samples: Sequence[Sample], cells: Sequence[Cell], error: str) -> None:
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(samples) > 1:
             for half in halves(samples):
                 self._ask(task, half, cells)
             return
-        self._fail(task, samples[0], cells, _told(error))
+        self._fail(task, samples[0], cells, error)
 
     def _fail(self, task: Task, one: Sample, cells: Sequence[Cell], error: str) -> None:
-        self._note(
-            task, [Answer(task.name, one.id, cell, one.cluster, facts=dict(one.facts), error=error) for cell in cells]
-        )
+        facts = dict(one.facts) if _is_plain(one.facts) else {}
+        self._note(task, [Answer(task.name, one.id, cell, one.cluster, facts=facts, error=error) for cell in cells])
 
     def _note(self, task: Task, answers: Sequence[Answer], time: BatchTime | None = None) -> None:
         new = [answer for answer in answers if answer.key not in self.known]
@@ -234,15 +268,32 @@ class Worker:
             right[1] += 1
 
 
-def _require_samples(task: Task, samples: Iterator[Sample | Broken]) -> None:
-    """Refuse, before a model is loaded, a dataset of which nothing can be read."""
-    first = None
+def _size(task: Task, samples: Iterator[Sample | Broken]) -> int:
+    """How many there are; refuses, before a model is loaded, a dataset of which nothing can be read."""
+    number, first, good = 0, None, False
     for one in samples:
-        if isinstance(one, Sample):
-            return
+        number += 1
+        good = good or isinstance(one, Sample)
         first = first or one
-    reason = "it holds no samples" if first is None else f"none of its records is a sample: {first.id}: {first.error}"
+    if good:
+        return number
+    reason = "it holds no samples"
+    if isinstance(first, Broken):
+        reason = f"none of its records is a sample: {first.id}: {first.error}"
     raise RunError(f"nothing to ask of task {task.name!r}: {reason}")
+
+
+def _begun(folder: Path, what: dict[str, Any], team: Team) -> dict[str, Any]:
+    begin(folder, what)
+    note_session(
+        folder,
+        {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "processes": team.size,
+            **{name: what["environment"][name] for name in ("git", "device", "versions")},
+        },
+    )
+    return what
 
 
 def _load(config: EvalConfig) -> Loaded:
@@ -268,12 +319,13 @@ def _usable(loaded: Loaded, cells: Sequence[Cell], config: EvalConfig) -> tuple[
     return kept, refused
 
 
-def _finish(folder: Path, counts: Mapping[str, int]) -> None:
-    path = folder / DONE
+def _is_plain(facts: Any) -> bool:
+    """It can be written down."""
     try:
-        path.write_text(json.dumps({"samples": counts}) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+        json.dumps(dict(facts), allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _prompt(cell: Cell, prepared: Batch, index: int) -> tuple[Any, ...]:

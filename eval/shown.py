@@ -27,9 +27,8 @@ def run_all(config: EvalConfig, out: Path) -> None:
     from vlm_budget.eval.watch import live
 
     stderr = err_console()
-    total = None if config.limit is None else config.limit * _count(config)
     try:
-        with live(total) as progress:
+        with live(shown=_leads()) as progress:
             found = run(config, out, progress)
     except KeyboardInterrupt:
         stderr.print(Text(f"stopped; go on with: vlm-budget eval resume {out}", "yellow"))
@@ -42,11 +41,6 @@ def run_all(config: EvalConfig, out: Path) -> None:
     _print_summary(found, summary)
     files = write_pages(summary, out, ["html", "md", "csv"], True)
     out_console().print(Text.assemble("Report: ", (str(files[0]), "bold")))
-
-
-def _count(config: EvalConfig) -> int:
-    tasks, cells = config.resolve()
-    return len(tasks) * len(cells) // int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _leads() -> bool:
@@ -74,13 +68,19 @@ def _print_summary(run: Run, summary: Summary) -> None:
 
 def read_summary(folder: Path, task_folders: Sequence[str] | None, times: bool) -> Summary:
     """Figures of a finished or unfinished run."""
+    from vlm_budget.errors import UnknownNameError
     from vlm_budget.eval.store import read_run
     from vlm_budget.eval.summary import summarise
     from vlm_budget.eval.task import add_folder
 
-    for path in (*read_config(folder).get("task_folders", ()), *(task_folders or ())):
+    for path in task_folders or ():
         add_folder(path)
-    return summarise(read_run(folder), times=times)
+    found = read_run(folder)
+    try:
+        return summarise(found, times=times)
+    except UnknownNameError as error:
+        # A folder of results may come from anybody, so code that it names is not run unasked.
+        raise UnknownNameError(f"{error} A task of your own is found with --task-folder.") from error
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
@@ -89,14 +89,9 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     Raises:
         RunError: There is no run, or its manifest is damaged.
     """
-    from vlm_budget.errors import RunError
     from vlm_budget.eval.store import read_manifest
 
-    manifest = read_manifest(folder)
-    kinds = {"model": dict, "tasks": dict, "cells": list, "config": dict}
-    if missing := [name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)]:
-        raise RunError(f"the manifest of {str(folder)!r} is damaged: it has no {' and no '.join(missing)}")
-    config: Mapping[str, Any] = manifest["config"]
+    config: Mapping[str, Any] = read_manifest(folder)["config"]
     return config
 
 

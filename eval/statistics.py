@@ -66,7 +66,7 @@ class Comparison:
 
     Attributes:
         difference: Mean of first minus second.
-        low: 2.5 % point of the bootstrap.
+        low: 2.5 % point of the bootstrap; NaN below two clusters, like ``high`` and ``p``.
         high: 97.5 % point.
         p: Two-sided: twice the share of draws on the other side of zero, at most 1.
         n: Number of samples both answered.
@@ -97,6 +97,8 @@ def paired_bootstrap(
     if not first:
         return Comparison(float("nan"), float("nan"), float("nan"), float("nan"), 0)
     array, sums, sizes = _by_cluster([a - b for a, b in zip(first, second, strict=True)], clusters)
+    if len(sums) < 2:  # drawing the only one again and again would look like certainty
+        return Comparison(float(array.mean()), float("nan"), float("nan"), float("nan"), len(array))
     taken = _draws(len(sums), draws, seed)
     found = taken @ sums / (taken @ sizes)
     low, high = np.quantile(found, [0.025, 0.975])

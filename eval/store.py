@@ -4,7 +4,7 @@
 * ``answers-00000.jsonl``: a line per answer, one file per process. The same run gives the same lines, times apart,
   on any number of processes.
 * ``times-00000.jsonl``: a line per batch with its times.
-* ``done.json``: the number of samples of every task, written when all are answered.
+* ``sessions.jsonl``: a line per start: when, with what code, on how many processes.
 * ``run.lock``: held while a run writes.
 
 Lines are appended with fsync, a batch at a time. A last line that a kill cut off is dropped when the folder is opened
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from typing import Any
 from vlm_budget.errors import RunError
 from vlm_budget.eval.cells import Cell
 
-MANIFEST, DONE, LOCK = "manifest.json", "done.json", "run.lock"
+MANIFEST, SESSIONS, LOCK = "manifest.json", "sessions.jsonl", "run.lock"
 _VERSION = 1
+_PART = ".part"
 Key = tuple[str, str, Cell]
 
 
@@ -72,7 +73,16 @@ class Answer:
         Raises:
             TypeError, KeyError: It is none.
         """
-        return cls(**{**line, "cell": Cell(**line["cell"])})
+        found = cls(**{**line, "cell": _cell(line["cell"])})
+        texts = (found.task, found.sample, found.cluster, found.answer, found.error or "")
+        if not all(isinstance(text, str) for text in texts) or not isinstance(found.facts, dict):
+            raise TypeError("a text or the facts are of the wrong kind")
+        for numbers in (found.scores, found.cost):
+            if not isinstance(numbers, dict) or not all(map(_is_number, numbers.values())):
+                raise TypeError("scores and costs are numbers by name")
+        if found.error is None and not found.scores:
+            raise TypeError("it has neither scores nor an error")
+        return found
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,27 @@ class BatchTime:
 
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> BatchTime:
-        """From plain data."""
-        return cls(**{**line, "cell": Cell(**line["cell"]), "samples": tuple(line["samples"])})
+        """From plain data.
+
+        Raises:
+            TypeError, KeyError: It is none.
+        """
+        found = cls(**{**line, "cell": _cell(line["cell"]), "samples": tuple(line["samples"])})
+        if not isinstance(found.task, str) or not all(isinstance(one, str) for one in found.samples):
+            raise TypeError("a name is no text")
+        if not isinstance(found.ms, dict) or not all(map(_is_number, found.ms.values())):
+            raise TypeError("times are numbers by stage")
+        return found
+
+
+def _cell(given: Any) -> Cell:
+    if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
+        raise TypeError("a cell is methods and budget as text")
+    return Cell(**given)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -109,7 +138,8 @@ class Run:
 
     Attributes:
         folder: The folder.
-        manifest: The configuration, and where it ran; of a finished run, ``samples`` per task.
+        manifest: The configuration, and where it ran first.
+        sessions: Every start of it.
         answers: Every answer once, in order of task, sample and cell.
         times: Of batches all of whose samples are answered.
     """
@@ -118,6 +148,7 @@ class Run:
     manifest: Mapping[str, Any]
     answers: tuple[Answer, ...]
     times: tuple[BatchTime, ...]
+    sessions: tuple[Mapping[str, Any], ...] = ()
 
 
 class Store:
@@ -143,9 +174,10 @@ class Store:
         Raises:
             RunError: The disk is full, or the folder has become read-only; what was written before stays readable.
         """
+        rows = _encoded([answer.line() for answer in answers])
         if time is not None:  # first: without its answers it counts for nothing
-            _append(self.times, [asdict(time)])
-        _append(self.answers, [answer.line() for answer in answers])
+            _append(self.times, _encoded([asdict(time)]))
+        _append(self.answers, rows)
 
 
 def begin(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -160,11 +192,9 @@ def begin(folder: Path, manifest: Mapping[str, Any]) -> None:
         if path.exists():
             check_same(read_manifest(folder), manifest)
             return
-        if any(one.name != LOCK for one in folder.iterdir()):
+        if any(one.name != LOCK and one.suffix != _PART for one in folder.iterdir()):
             raise RunError(f"{str(folder)!r} holds other files; name a new folder for the results")
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"version": _VERSION, **manifest}, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        write_whole(path, json.dumps({"version": _VERSION, **manifest}, indent=1) + "\n")
     except OSError as error:
         raise RunError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from error
 
@@ -175,7 +205,11 @@ def check_same(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     Raises:
         RunError: Model, tasks, cells or samples differ.
     """
-    other = [name for name in ("model", "tasks", "cells", "data", "options") if known.get(name) != wanted.get(name)]
+    other = [
+        name
+        for name in ("model", "tasks", "cells", "data", "samples", "options")
+        if known.get(name) != wanted.get(name)
+    ]
     if other:
         raise RunError(
             f"the folder holds a run with another {' and another '.join(other)}; answers of the two would be mixed. "
@@ -195,6 +229,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = _read_object(path)
     if found.get("version") != _VERSION:
         raise RunError(f"{str(path)!r} is no manifest of version {_VERSION}")
+    try:
+        kinds = {"model": dict, "tasks": dict, "cells": list, "data": dict, "config": dict, "samples": dict}
+        if missing := [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]:
+            raise TypeError(f"it has no {' and no '.join(missing)}")
+        for cell in found["cells"]:
+            _cell(cell)
+    except (TypeError, KeyError) as error:
+        raise RunError(f"{str(path)!r} is damaged: {error}") from error
     return found
 
 
@@ -216,8 +258,6 @@ def read_run(folder: str | Path) -> Run:
     """
     place = Path(folder)
     manifest = read_manifest(place)
-    if (place / DONE).exists():
-        manifest |= _read_object(place / DONE)
     answers: dict[Key, Answer] = {}
     for path in sorted(place.glob("answers-*.jsonl")):
         for number, line in _lines(path):
@@ -237,7 +277,8 @@ def read_run(folder: str | Path) -> Run:
             if all((time.task, sample, time.cell) in answers for sample in time.samples):
                 times[time.task, time.cell, time.samples] = time
     ordered = sorted(answers.values(), key=lambda one: one.key)
-    return Run(place, manifest, tuple(ordered), tuple(times[key] for key in sorted(times)))
+    sessions = [line for _, line in _lines(place / SESSIONS)] if (place / SESSIONS).exists() else []
+    return Run(place, manifest, tuple(ordered), tuple(times[key] for key in sorted(times)), tuple(sessions))
 
 
 def answered(folder: Path) -> set[Key]:
@@ -268,17 +309,51 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    data = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+def note_session(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Remember a start of a run.
+
+    Raises:
+        RunError: The folder cannot be written to.
+    """
+    path = folder / SESSIONS
+    _mend(path)
+    _append(path, _encoded([facts]))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: It cannot be written; what was there before is left.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}{_PART}")
     try:
-        with path.open("ab") as file:
-            start = file.tell()
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _encoded(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Append all of it, or nothing: half a batch would be asked again and stand there twice."""
+    try:
+        # Unbuffered: a buffer would write its rest when it is closed, behind the place where the file was cut.
+        with path.open("ab", buffering=0) as file:
+            start, left = file.seek(0, os.SEEK_END), memoryview(data)
             try:
-                file.write(data)
-                file.flush()
+                while left:
+                    left = left[file.write(left) :]
                 os.fsync(file.fileno())
             except OSError:
-                os.truncate(path, start)  # half a batch would be asked again and stand there twice
+                with suppress(OSError):
+                    os.truncate(path, start)
                 raise
     except OSError as error:
         raise RunError(f"cannot write to {str(path)!r}: {error.strerror or error}. What it held is kept.") from error

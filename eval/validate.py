@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vlm_budget.errors import VLMBudgetError
@@ -46,10 +47,15 @@ def _fault(one: Sample | Broken, pictures: bool) -> str | None:
     if not pictures:
         return None
     try:
-        if one.clip is not None and not one.clip.path.is_file():
+        if one.clip is not None and not _is_video(one.clip.path):
             return f"there is no video {one.clip.name!r}"
         for picture in one.images:
             picture.load()
     except (VLMBudgetError, OSError) as error:  # a name too long to be looked for, too
         return str(error)
     return None
+
+
+def _is_video(path: Path) -> bool:
+    """A file, or a folder of frames."""
+    return path.is_file() or (path.is_dir() and any(one.is_file() for one in path.iterdir()))

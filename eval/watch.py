@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
@@ -22,6 +23,14 @@ _LINE_S = 30.0
 class Progress(Protocol):
     """Told of every batch."""
 
+    def begin(self, owed: int) -> None:
+        """The run begins.
+
+        Args:
+            owed: Answers that this process owes.
+        """
+        ...
+
     def update(self, worker: Worker) -> None:
         """A batch is done."""
         ...
@@ -32,13 +41,18 @@ class Live:
 
     Args:
         bar: What draws.
-        total: Answers that are owed by this process, roughly; None where nobody knows.
     """
 
-    def __init__(self, bar: Bar, total: int | None) -> None:
+    def __init__(self, bar: Bar) -> None:
         self.bar = bar
-        self.task = bar.add_task("", total=total, told="")
+        self.task = bar.add_task("", total=None, told="")
+        self.begin(0)
+
+    def begin(self, owed: int) -> None:
+        """The run begins; the first batch starts the clock."""
+        self.owed = owed
         self._started = self._drawn = time.monotonic()
+        self.bar.update(self.task, total=owed or None)
 
     def update(self, worker: Worker) -> None:
         """Draw, unless that was done just now."""
@@ -49,16 +63,17 @@ class Live:
         rate = worker.asked / (now - self._started)
         told = f"{rate:.1f}/s{_accuracy(worker)}" + (f", {worker.failed} errors" if worker.failed else "")
         if self.bar.disable:
-            print(f"{worker.task}: {worker.asked} answers, {told}", file=sys.stderr, flush=True)
+            left = timedelta(seconds=round(max(0, self.owed - worker.asked) / rate)) if rate else "?"
+            done = f"{worker.asked} of {self.owed} answers"
+            print(f"{worker.task}: {done}, {told}, {left} left", file=sys.stderr, flush=True)
         self.bar.update(self.task, completed=worker.asked, description=worker.task, told=told, refresh=True)
 
 
 @contextmanager
-def live(total: int | None, shown: bool = True) -> Iterator[Live | None]:
+def live(shown: bool = True) -> Iterator[Live | None]:
     """Progress on stderr.
 
     Args:
-        total: Answers that are owed by this process.
         shown: Show it at all.
     """
     if not shown:
@@ -74,7 +89,7 @@ def live(total: int | None, shown: bool = True) -> Iterator[Live | None]:
         TimeRemainingColumn(),
     )
     with Bar(*columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal) as bar:
-        yield Live(bar, total)
+        yield Live(bar)
 
 
 def _accuracy(worker: Worker) -> str:

@@ -115,7 +115,7 @@ def _methods(cells: Sequence[Cell]) -> str:
 
 def footguns(summary: Summary, times: bool) -> list[Footgun]:
     """The footguns of this run: what applies first, then what always does."""
-    found = [*_unfinished(summary), *_reading(summary), *_losing(summary)]
+    found = [*_unfinished(summary), *_sessions(summary), *_reading(summary), *_losing(summary)]
     found += _slow(summary) if times else []
     found += [*_few(summary), *_failed(summary), *_baselines(summary), *_code(summary)]
     found.append(
@@ -137,6 +137,16 @@ def footguns(summary: Summary, times: bool) -> list[Footgun]:
             )
         )
     return found
+
+
+def _sessions(summary: Summary) -> Iterator[Footgun]:
+    """Answers of different code in one run."""
+    codes: dict[str, None] = {}
+    for one in summary.run.sessions:
+        codes[", ".join(filter(None, [str(one.get("git") or ""), _pairs(_mapping(one, "versions"), " ")]))] = None
+    if len(codes) > 1:
+        text = "It was interrupted and continued after code or libraries had changed; its answers are of both."
+        yield Footgun("The run was continued with other code", text, [words.clean(code, 300) for code in codes])
 
 
 def _unfinished(summary: Summary) -> Iterator[Footgun]:

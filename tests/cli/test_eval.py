@@ -132,7 +132,7 @@ def test_a_missing_dataset_is_refused_by_validate(cli: Cli, posters: Path) -> No
 def test_a_run_writes_its_folder_and_prints_a_table(results: Path) -> None:
     code, printed = (results.parent / "printed.txt").read_text().split("\n", 1)
     assert code == "0", printed
-    for name in ("manifest.json", "answers-00000.jsonl", "times-00000.jsonl", "done.json", "regressions.json"):
+    for name in ("manifest.json", "answers-00000.jsonl", "times-00000.jsonl", "sessions.jsonl", "regressions.json"):
         assert (results / name).is_file()
     for name in ("report.html", "report.md", "results.csv"):
         assert (results / name).stat().st_size > 500
@@ -278,10 +278,12 @@ def test_words_on_the_command_line_win_over_the_file(cli: Cli, posters: Path, tm
     assert (told["share_encoding"], told["task_folders"], told["device"]) == (False, [str(TASKS)], "auto")
     assert [cell["methods"] for cell in manifest["cells"]] == ["unpatched", "random", "hired(alpha=0.3)"]
     assert manifest["tasks"] == {"posters": 3}
-    assert json.loads((tmp_path / "one" / "done.json").read_text()) == {"samples": {"posters": 2}}
+    assert manifest["samples"] == {"posters": 2}
     assert json.loads((tmp_path / "one" / "regressions.json").read_text()) == []
     task_module.FOLDERS[:] = FOLDERS[:1]  # as another process would begin
-    again = cli("eval", "compare", "one", "hired(alpha=0.3) at 30%", "unpatched", "--json")
+    refused(cli("eval", "compare", "one", "hired(alpha=0.3) at 30%", "unpatched"), "--task-folder")
+    named = ("--task-folder", str(TASKS), "--json")
+    again = cli("eval", "compare", "one", "hired(alpha=0.3) at 30%", "unpatched", *named)
     assert json.loads(again.stdout)["tasks"]["posters"]["n"] == 2
 
 
@@ -304,4 +306,4 @@ def test_an_interrupted_run_says_how_to_go_on(cli: Cli, monkeypatch: pytest.Monk
     assert "stopped; go on with: vlm-budget eval resume part" in found.stderr
     assert "Traceback" not in found.output
     monkeypatch.undo()
-    assert not os.path.exists("part/done.json")
+    assert not os.path.exists("part/regressions.json")

@@ -56,6 +56,12 @@ def test_equal_methods_do_not_differ() -> None:
     assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
 
 
+def test_one_cluster_proves_nothing() -> None:
+    found = paired_bootstrap([1.0, 1.0], [0.0, 0.0], ["a", "a"])
+    assert (found.difference, found.n) == (1, 2)
+    assert all(math.isnan(number) for number in (found.low, found.high, found.p))
+
+
 def test_the_sign_is_first_minus_second() -> None:
     found = paired_bootstrap([1.0] * 20, [0.0] * 20, [str(i) for i in range(20)])
     assert (found.difference, found.low, found.high, found.p) == (1, 1, 1, 0)

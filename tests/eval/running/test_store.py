@@ -2,18 +2,29 @@
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vlm_budget.errors import RunError
 from vlm_budget.eval import store
 from vlm_budget.eval.cells import Cell
-from vlm_budget.eval.store import Answer, BatchTime, Store, answered, begin, locked, read_run
+from vlm_budget.eval.store import Answer, BatchTime, Store, answered, begin, locked, note_session, read_run
 
-MANIFEST = {"model": {"name": "m"}, "tasks": {"t": 1}, "cells": [], "data": {}, "options": {}}
+MANIFEST = {
+    "model": {"name": "m"},
+    "tasks": {"t": 1},
+    "cells": [],
+    "data": {},
+    "samples": {},
+    "options": {},
+    "config": {},
+}
 CELL = Cell("hired", "40%")
 
 
@@ -136,6 +147,68 @@ def test_a_full_disk_is_said_and_what_was_written_stays(folder: Path, monkeypatc
     assert read_run(folder).answers == tuple(answers(2))
     kept.add(answers(2, 2))
     assert read_run(folder).answers == tuple(answers(4))
+
+
+def test_a_file_that_may_grow_no_further_holds_whole_lines(folder: Path) -> None:
+    """The system's own limit, as a disk that fills in the middle of a batch."""
+    kept = Store(folder)
+    kept.add(answers(3))
+    before = kept.answers.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, hard))
+    try:
+        with pytest.raises(RunError, match="cannot write"):
+            kept.add(answers(20, 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert kept.answers.read_bytes() == before
+    kept.add(answers(20, 3))
+    assert read_run(folder).answers == tuple(sorted(answers(23), key=lambda one: one.key))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample": [1]},
+        {"sample": None},
+        {"scores": {}},
+        {"scores": {"accuracy": "x"}},
+        {"scores": [1]},
+        {"cost": {"flops": None}},
+        {"cell": {"methods": 5, "budget": ""}},
+        {"cell": {"method": "hired"}},
+        {"facts": 3},
+        {"answer": 5},
+        {"error": 5},
+        {"more": 1},
+    ],
+)
+def test_lines_of_another_kind_are_refused(folder: Path, change: dict[str, Any]) -> None:
+    Store(folder).add(answers(2))
+    path = folder / "answers-00000.jsonl"
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first}\n{json.dumps({**json.loads(second), **change})}\n")
+    with pytest.raises(RunError, match="answers-00000.jsonl line 2 is no answer"):
+        read_run(folder)
+
+
+def test_what_cannot_be_written_down_is_not_half_written(folder: Path) -> None:
+    kept = Store(folder)
+    bad = [*answers(1), Answer("t", "s9", CELL, "c", "yes", {"accuracy": float("nan")})]
+    with pytest.raises(ValueError, match="Out of range"):
+        kept.add(bad, times(bad))
+    assert not kept.answers.read_bytes()
+    assert not kept.times.read_bytes()
+
+
+def test_every_start_is_remembered(folder: Path) -> None:
+    note_session(folder, {"git": "a"})
+    with (folder / "sessions.jsonl").open("a") as file:
+        file.write('{"git": "cut o')
+    note_session(folder, {"git": "b"})
+    assert [one["git"] for one in read_run(folder).sessions] == ["a", "b"]
 
 
 def test_a_really_full_disk(tmp_path: Path) -> None:

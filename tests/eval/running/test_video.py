@@ -23,7 +23,8 @@ from vlm_budget.eval.task import Task
 av = pytest.importorskip("av", reason="videos are written and read with PyAV")
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'text' %}"
-    " {{ part['text'] }}{% else %} <|vision_start|> <|{{ part['type'] }}_pad|> <|vision_end|>{% endif %}{% endfor %}{% endfor %} go"
+    " {{ part['text'] }}{% else %} <|vision_start|> <|{{ part['type'] }}_pad|> <|vision_end|>{% endif %}{% endfor %}"
+    "{% endfor %} go"
 )
 
 

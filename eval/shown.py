@@ -48,6 +48,8 @@ def _leads() -> bool:
 
 
 def _print_summary(run: Run, summary: Summary) -> None:
+    from vlm_budget.eval.report.words import mean
+
     table = Table(title=Text(f"{run.manifest['model']['name']}: the task's metric ± standard error"))
     table.add_column("method")
     for task in summary.tasks:
@@ -56,7 +58,7 @@ def _print_summary(run: Run, summary: Summary) -> None:
         row = []
         for task in summary.tasks:
             one = summary.by_place.get((task.name, cell))
-            row.append("–" if one is None or not one.main.n else f"{one.main.mean:.3f} ± {one.main.se:.3f}")
+            row.append("–" if one is None or not one.main.n else mean(one.main))
         table.add_row(Text(str(cell)), *row)
     out_console().print(table)
     errors = sum(answer.error is not None for answer in run.answers)

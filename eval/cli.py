@@ -231,15 +231,19 @@ def compare(
         raise RunError(f"{first} and {second} share no answered sample of any task")
     found = {task.name: paired(summary.run, task.name, task.metric, cells[first], cells[second]) for task in shared}
     if as_json:
-        print_json({"first": first, "second": second, "tasks": {name: vars(one) for name, one in found.items()}})
+        # JSON knows no NaN, which an interval over a single cluster is.
+        told = {
+            name: {key: None if value != value else value for key, value in vars(one).items()}
+            for name, one in found.items()
+        }
+        print_json({"first": first, "second": second, "tasks": told})
         return
     table = Table(title=Text(f"{first} minus {second}"))
     for name in ("task", "difference", "95 % interval", "p", "samples"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for name, one in found.items():
-        table.add_row(
-            Text(name), f"{one.difference:+.4f}", f"{one.low:+.4f} … {one.high:+.4f}", f"{one.p:.3f}", str(one.n)
-        )
+        interval, p = (f"{one.low:+.4f} … {one.high:+.4f}", f"{one.p:.3f}") if one.p == one.p else ("–", "–")
+        table.add_row(Text(name), f"{one.difference:+.4f}", interval, p, str(one.n))
     out_console().print(table)
 
 

@@ -88,7 +88,9 @@ def normal(answer: str) -> str:
     bare = re.sub(_UNITS, "", text.strip())
     text = bare if bare.strip() else text
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)  # 1 1 is not 11
+    text = re.sub(r"\\frac\s*(\d)\s+(\d)(?!\d)", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\s+", " ", text)
+    text = re.sub(r"(?<!\d) | (?!\d)", "", text)  # 1 1 is not 11
     text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac(\d)\{", r"\\frac{\1}{", text)
     text = re.sub(r"(\\frac\{[^{}]*\})(\d)", r"\1{\2}", text)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,7 @@ from vlm_budget.eval.cells import Cell
 MANIFEST, SESSIONS, LOCK = "manifest.json", "sessions.jsonl", "run.lock"
 _VERSION = 1
 _PART = ".part"
+_LARGEST = sys.float_info.max
 Key = tuple[str, str, Cell]
 
 
@@ -74,7 +76,7 @@ class Answer:
             TypeError, KeyError: It is none.
         """
         found = cls(**{**line, "cell": _cell(line["cell"])})
-        texts = (found.task, found.sample, found.cluster, found.answer, found.error or "")
+        texts = (found.task, found.sample, found.cluster, found.answer, "" if found.error is None else found.error)
         if not all(isinstance(text, str) for text in texts) or not isinstance(found.facts, dict):
             raise TypeError("a text or the facts are of the wrong kind")
         for numbers in (found.scores, found.cost):
@@ -129,7 +131,10 @@ def _cell(given: Any) -> Cell:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Finite, and no larger than a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -_LARGEST <= value <= _LARGEST
 
 
 @dataclass(frozen=True)
@@ -243,7 +248,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"cannot read {str(path)!r}: {error}") from error
     if not isinstance(found, dict):
         raise RunError(f"{str(path)!r} is damaged: it holds no object")

@@ -183,6 +183,8 @@ def _result(
             errors[one.error] = errors.get(one.error, 0) + 1
     if not done:
         return Result(task.name, cell, Estimate(float("nan"), float("nan"), 0), errors=errors)
+    if lacking := next((one.sample for one in done if task.metric not in one.scores), None):
+        raise RunError(f"the answer to {lacking!r} of {task.name!r} by {cell} has no score {task.metric!r}")
     main = estimate([one.scores[task.metric] for one in done], [one.cluster for one in done])
     cost = {**_mean_costs(done), **_times(clock)}
     base = {one.sample: one for one in full if one.error is None}

@@ -121,3 +121,8 @@ def test_scores_and_figures():
     found = accuracy_by(rows, "size", "missing")
     assert found == {"accuracy, size 8": 0.0, "accuracy, size 60": 0.5, "accuracy, size 600": 1.0}
     assert list(found)[0] == "accuracy, size 8"  # numbers in their own order
+
+
+def test_a_letter_on_a_first_line_of_its_own_is_the_choice() -> None:
+    assert read_choice("B\n\nExplanation: A is wrong", ["red", "blue"]) == "B"
+    assert read_choice("Z\nthe answer is A", ["red", "blue"]) == "A"

@@ -88,3 +88,17 @@ def test_answers_that_are_the_same(one, two):
 @pytest.mark.parametrize(("one", "two"), DIFFERENT)
 def test_answers_that_differ(one, two):
     assert not same_answer(one, two) and not same_answer(two, one)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "same"),
+    [
+        ("1 1", "11", False),
+        ("1  1", "11", False),
+        ("1 \n 1", "1 1", True),
+        ("\\frac 1 2", "\\frac12", True),
+        ("x + 1", "x+1", True),
+    ],
+)
+def test_spaces_between_digits_count(one: str, two: str, same: bool) -> None:
+    assert same_answer(one, two) == same

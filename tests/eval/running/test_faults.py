@@ -14,7 +14,7 @@ import torch
 
 from poster_task import load
 from vlm_budget.cli.loading import Loaded
-from vlm_budget.errors import UnknownNameError
+from vlm_budget.errors import RunError, UnknownNameError
 from vlm_budget.eval import shown
 from vlm_budget.eval.cells import Cell
 from vlm_budget.eval.driver import Driver
@@ -107,3 +107,10 @@ def test_reading_somebody_elses_results_runs_nothing_of_theirs(
     with pytest.raises(UnknownNameError, match="--task-folder"):
         shown.read_summary(tmp_path / "run", None, times=True)
     assert not (tmp_path / "sprung").exists()
+
+
+def test_an_answer_without_the_tasks_score_is_named(posters: Path, tmp_path: Path, nano: Loaded) -> None:
+    run = ran(asked(posters, limit=2), tmp_path / "run", nano)
+    other = dataclasses.replace(run.answers[0], scores={"wrong": 1.0})
+    with pytest.raises(RunError, match="has no score 'accuracy'"):
+        summarise(dataclasses.replace(run, answers=(other, *run.answers[1:])))

@@ -182,6 +182,10 @@ def test_a_file_that_may_grow_no_further_holds_whole_lines(folder: Path) -> None
         {"facts": 3},
         {"answer": 5},
         {"error": 5},
+        {"error": []},
+        {"error": 0},
+        {"scores": {"accuracy": float("nan")}},
+        {"scores": {"accuracy": 10**400}},
         {"more": 1},
     ],
 )

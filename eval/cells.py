@@ -73,7 +73,7 @@ def parse_methods(text: str) -> Methods:
         if match is None:
             raise OptionError(f"cannot read method {part!r}; write hired, hired+fastv or hired(alpha=0.3)")
         found = resolve_methods(match["name"], _options(match["options"] or "", part))
-        named += [method for method in (found.vision, found.decoder) if method is not None]
+        named += found.named
     return resolve_methods(named, {})
 
 

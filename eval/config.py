@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from vlm_budget.cli.common import Device, Dtype
 from vlm_budget.errors import DataError, OptionError
 from vlm_budget.eval.cells import Cell, make_cells, method_text
 from vlm_budget.eval.source import Source
@@ -16,8 +17,6 @@ from vlm_budget.registry import PRUNERS
 
 ALL = "all"
 _HUB = "hub:"
-_DEVICES = ("auto", "cpu", "cuda", "mps")
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _KINDS: Sequence[tuple[str, Any, str]] = (
     *((name, str, "text") for name in ("model", "device", "dtype")),
     ("seed", int | None, "a number"),
@@ -83,7 +82,7 @@ class EvalConfig:
             raise OptionError(f"data must be a mapping of tasks to folders, got {dict(self.data)!r}")
         if self.seed is not None and self.seed < 0:
             raise OptionError(f"seed must be a number from 0 on, got {self.seed}")
-        for name, known in (("device", _DEVICES), ("dtype", _DTYPES)):
+        for name, known in (("device", [one.value for one in Device]), ("dtype", [one.value for one in Dtype])):
             if getattr(self, name) not in known:
                 raise OptionError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not self.tasks:

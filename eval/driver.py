@@ -21,7 +21,7 @@ from vlm_budget.errors import DataError
 from vlm_budget.eval.cells import Cell
 from vlm_budget.eval.sample import Sample
 from vlm_budget.eval.task import Task
-from vlm_budget.models import find_family, layout_of, text_tokens
+from vlm_budget.models import encoder_inputs, find_family, layout_of, text_tokens
 from vlm_budget.patching import patch
 from vlm_budget.prompts import build_inputs
 from vlm_budget.pruner import Attention, Pruner, Tower
@@ -166,8 +166,7 @@ class Driver:
             costs = self._unpatched_costs(batch)
         else:
             methods = self.methods[cell]
-            named = [method for method in (methods.vision, methods.decoder) if method is not None]
-            with patch(self.model, named, cell.spend) as handle:
+            with patch(self.model, methods.named, cell.spend) as handle:
                 sequences = self._generate(batch)
                 report, kept = handle.report(), handle.kept() if draw else None
             costs = self._costs(batch, report.plan)
@@ -176,7 +175,7 @@ class Driver:
             ms["decode"] = (report.decode_ms_per_token or 0.0) * report.decode_steps
         ms["total"] = whole.stop().ms
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        new = sequences[:, batch.inputs["input_ids"].shape[1] :]
+        new = sequences[:, batch.inputs["input_ids"].shape[1] :].cpu()  # one wait for the device, not one per row
         texts = [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
         for row, cost in zip(new, costs, strict=True):
             cost["new"] = self._length(row)
@@ -201,14 +200,12 @@ class Driver:
         with patch(self.model, self.watch, 0.5):  # nothing is dropped by the encoder; at 1.0 nothing would be watched
             for modality in self.family.given_modalities(batch.inputs):
                 encoder: Any = getattr(self.base, self.family.encoders[modality])
-                features[modality] = encoder(**self._encoder_inputs(modality, batch.inputs), return_dict=True)
+                features[modality] = encoder(
+                    **encoder_inputs(self.base, self.family, modality, batch.inputs), return_dict=True
+                )
         batch.ms["encode"] = clock.stop().ms
         batch.inputs["mm_encoder_outputs"] = features
         batch.shared = True
-
-    def _encoder_inputs(self, modality: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        encoder = getattr(self.base, self.family.encoders[modality])
-        return self.family.encoder_inputs(modality, inputs, list(inspect.signature(encoder).parameters))
 
     def _generate(self, batch: Batch) -> torch.Tensor:
         inputs = batch.inputs

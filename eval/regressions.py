@@ -14,7 +14,7 @@ from vlm_budget.eval.cells import Cell
 from vlm_budget.eval.driver import Driver
 from vlm_budget.eval.sample import Sample
 from vlm_budget.eval.source import Source
-from vlm_budget.eval.store import Answer, Run, read_run, write_whole
+from vlm_budget.eval.store import Answer, Run, write_whole
 from vlm_budget.eval.task import Task
 from vlm_budget.picture import draw_kept
 
@@ -53,13 +53,11 @@ def worst(run: Run, tasks: Sequence[Task], each: int) -> list[tuple[Answer, Answ
     return [(one, full[one.task, one.sample]) for _, one in taken]
 
 
-def draw_regressions(
-    folder: Path, driver: Driver, tasks: Sequence[Task], sources: Mapping[str, Source], each: int
-) -> None:
+def draw_regressions(run: Run, driver: Driver, tasks: Sequence[Task], sources: Mapping[str, Source], each: int) -> None:
     """Write ``regressions.json`` and the pictures it names.
 
     Args:
-        folder: A finished run's.
+        run: A finished one.
         driver: The model that answered.
         tasks: The run's tasks.
         sources: Their datasets.
@@ -68,7 +66,7 @@ def draw_regressions(
     Raises:
         RunError: They cannot be written, or a sample is gone from its dataset.
     """
-    chosen = worst(read_run(folder), tasks, each) if each else []
+    folder, chosen = run.folder, worst(run, tasks, each) if each else []
     entries: list[dict[str, Any]] = []
     for task in tasks:
         mine = [pair for pair in chosen if pair[0].task == task.name]

@@ -86,10 +86,11 @@ def run(config: EvalConfig, out: str | Path, progress: Progress | None = None, l
                         if progress is not None:
                             progress.update(worker)
         team.wait()
+        found = read_run(folder)
         if team.leads:
-            draw_regressions(folder, worker.driver, tasks, sources, config.pictures)
+            draw_regressions(found, worker.driver, tasks, sources, config.pictures)
         team.wait()
-    return read_run(folder)
+    return found
 
 
 def manifest(
@@ -130,7 +131,7 @@ class Worker:
 
     Attributes:
         task: The task at hand.
-        asked: Answers given by this process, of them in vain.
+        asked: Answers written by this process, errors too.
         failed: Answers that were errors.
         right: Sum of the main score of the unpatched model's and the other answers, with their numbers.
     """
@@ -216,7 +217,7 @@ class Worker:
     def _remember(self, error: Exception, cells: Sequence[Cell], samples: int) -> None:
         """Where memory ran out, never again ask so many at once."""
         if isinstance(error, torch.OutOfMemoryError):
-            self._most |= dict.fromkeys(cells, max(1, samples // 2))
+            self._most |= dict.fromkeys(cells, (samples + 1) // 2)
 
     def _feasible(self, task: Task, samples: Sequence[Sample], cell: Cell, prepared: Batch) -> list[Sample]:
         """Samples of sizes that are not known to be beyond the budget; the others get their error."""
@@ -305,15 +306,14 @@ def _load(config: EvalConfig) -> Loaded:
 def _usable(loaded: Loaded, cells: Sequence[Cell], config: EvalConfig) -> tuple[list[Cell], dict[str, str]]:
     """Cells that this model can run; of those that nobody named, the others are left out with their reason."""
     kept, refused = [], {}
+    asked_for = {one.strip() for one in config.methods}
     for cell in cells:
-        acting = None if cell.unpatched else cell.acting
         try:
-            if acting is not None:
-                named = [method for method in (acting.vision, acting.decoder) if method is not None]
-                patch(loaded.model, named, cell.spend).undo()
+            if not cell.unpatched:
+                patch(loaded.model, cell.acting.named, cell.spend).undo()
             kept.append(cell)
         except (PatchError, OptionError, UnsupportedModelError, MissingExtraError) as error:
-            if cell.methods in config.methods:
+            if cell.methods in asked_for:
                 raise
             refused[str(cell)] = _line(str(error))
     return kept, refused

@@ -85,11 +85,16 @@ def weights_fingerprint(base: nn.Module) -> str:
 
 def encoder_items(base: nn.Module, family: Family, modality: Modality, inputs: dict[str, Any]) -> list[VisualItem]:
     """Layout of one modality from the processor's inputs, read under the names the encoder gives them."""
-    names = list(inspect.signature(getattr(base, family.encoders[modality])).parameters)
     try:
-        return family.items(base, modality, family.encoder_inputs(modality, inputs, names))
+        return family.items(base, modality, encoder_inputs(base, family, modality, inputs))
     except KeyError as missing:
         raise LayoutError(f"a layout needs {missing} from the processor; got {sorted(inputs)}") from missing
+
+
+def encoder_inputs(base: nn.Module, family: Family, modality: Modality, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a modality's encoder takes of the processor's inputs, under the names it gives them."""
+    names = list(inspect.signature(getattr(base, family.encoders[modality])).parameters)
+    return family.encoder_inputs(modality, inputs, names)
 
 
 def _unwrap(model: Any) -> nn.Module:

@@ -52,7 +52,12 @@ class Methods:
 
     def __str__(self) -> str:
         """The methods' constructor calls, joined by ``" + "``."""
-        return " + ".join(str(method) for method in (self.vision, self.decoder) if method is not None)
+        return " + ".join(map(str, self.named))
+
+    @property
+    def named(self) -> list[Pruner]:
+        """Those that there are, as :func:`vlm_budget.patch` takes them."""
+        return [method for method in (self.vision, self.decoder) if method is not None]
 
 
 @dataclass(frozen=True)
@@ -153,9 +158,7 @@ class _Prompt:
         if not decoder.fixed and spend is not None and spend >= tokens * self.layers:
             return ()
         given = None if decoder.fixed else spend
-        if self.first <= 1:
-            return decoder.schedule(tokens, given, self.layers)
-        if self.first >= self.layers:
+        if self.first > 1 and self.first >= self.layers:
             raise PatchError(
                 f"{decoder} cannot drop tokens in this model: it adds visual features behind each of its first "
                 f"{self.first} layers, and has {self.layers}. Drop before the language model, with a method such as "

@@ -62,6 +62,24 @@ def build_inputs(
     kind = "video" if videos else "image"
     counts = [1 if videos else len(own) for own in images]
     texts = [prompt_text(processor, question, n, kind) for question, n in zip(questions, counts, strict=True)]
+    return encode_prompts(processor, texts, images, model, videos)
+
+
+def encode_prompts(
+    processor: Any, texts: Sequence[str], images: Sequence[Any], model: Any, videos: bool = False
+) -> Any:
+    """Model inputs for whole prompts, as the model was trained to see them.
+
+    Args:
+        processor: The model's processor.
+        texts: One per prompt, image tokens included.
+        images: Per prompt, its pictures; of a video its frames, one by one or as one array.
+        model: The model, for device and number format.
+        videos: Each prompt's pictures are the frames of one video.
+
+    Returns:
+        The processor's tensors, padded on the left, on the model's device and in its number format.
+    """
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
     # A template that writes the start token itself must not get a second one.
@@ -71,7 +89,7 @@ def build_inputs(
     if twice:
         options["add_special_tokens"] = False
     if videos:
-        options["videos"] = [list(own) for own in images]
+        options["videos"] = list(images)
     elif any(images):
         options["images"] = [list(own) for own in images]
     return processor(text=texts, return_tensors="pt", **options).to(model.device, model.dtype)

@@ -83,7 +83,7 @@ class Setting:
             found = parse_methods(self.method)
         else:
             found = resolve_methods([name.strip() for name in self.method.split("+")], self.options)
-        return [method for method in (found.vision, found.decoder) if method is not None]
+        return found.named
 
 
 class Answerer:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm_budget.eval.sample import Clip, Picture
-from vlm_budget.prompts import image_token
+from vlm_budget.prompts import encode_prompts, image_token
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -111,18 +111,10 @@ class Prompts:
 
     def inputs(self, processor: Any, model: Any) -> Any:
         """The processor's tensors, padded on the left, on the model's device and in its number format."""
-        tokenizer = processor.tokenizer
-        tokenizer.padding_side = "left"
-        options: dict[str, Any] = {"padding": True} if len(self.texts) > 1 else {}
-        # A template that writes the start token itself must not get a second one.
-        start = getattr(tokenizer, "bos_token", None)
-        if start is not None and all(text.startswith(start) for text in self.texts):
-            options["add_special_tokens"] = False
-        if self.kind == "video":
-            options["videos"] = [np.stack([np.asarray(frame) for frame in own]) for own in self.pictures]
-        elif self.kind == "image":
-            options["images"] = self.pictures
-        return processor(text=self.texts, return_tensors="pt", **options).to(model.device, model.dtype)
+        if self.kind != "video":
+            return encode_prompts(processor, self.texts, self.pictures, model)
+        clips = [np.stack([np.asarray(frame) for frame in own]) for own in self.pictures]
+        return encode_prompts(processor, self.texts, clips, model, videos=True)
 
 
 def _harmless(processor: Any, text: str) -> str:

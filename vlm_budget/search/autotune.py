@@ -168,8 +168,7 @@ def _alone(methods: Methods) -> bool:
 
 
 def _spec(methods: Methods) -> Any:
-    named = [method for method in (methods.vision, methods.decoder) if method is not None]
-    return json.loads(json.dumps([spec_of(method) for method in named]))
+    return json.loads(json.dumps([spec_of(method) for method in methods.named]))
 
 
 def _measured(judge: Judge, methods: Methods, budget: Budget | None, timed: int, repeats: int) -> Found:
@@ -191,7 +190,6 @@ def _infeasible(reason: Exception) -> Found:
 def _times(judge: Judge, methods: Methods, budget: Budget | None, timed: int, repeats: int) -> dict[str, float]:
     """Milliseconds of the prompt behind the encoder, pruned and unpruned: medians over repeats, means over prompts."""
     examples = sorted(judge.calibration.examples, key=lambda one: -one.visual)[:timed]
-    named = [method for method in (methods.vision, methods.decoder) if method is not None]
     unpruned = ([PRUNERS.get("uniform")()], Budget(1.0))
     found: dict[str, list[float]] = {"ms": [], "ms_full": []}
     with judge.judging():
@@ -199,7 +197,7 @@ def _times(judge: Judge, methods: Methods, budget: Budget | None, timed: int, re
             inputs = judge.inputs_of([example])
             runs: dict[str, list[float]] = {name: [] for name in found}
             for turn in range(repeats + 1):
-                for name, (acting, spend) in {"ms_full": unpruned, "ms": (named, budget)}.items():
+                for name, (acting, spend) in {"ms_full": unpruned, "ms": (methods.named, budget)}.items():
                     with patch(judge.model, acting, spend) as handle:
                         judge.model(**inputs, logits_to_keep=1)
                         report: Any = handle.report()

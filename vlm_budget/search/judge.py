@@ -138,8 +138,7 @@ class Judge:
         with self.judging():
             if methods is None:
                 return self._score([self._logits(*pair) for pair in zip(self.batches, reference, strict=True)])
-            named = [method for method in (methods.vision, methods.decoder) if method is not None]
-            with patch(self.model, named, budget):
+            with patch(self.model, methods.named, budget):
                 return self._score([self._logits(*pair) for pair in zip(self.batches, reference, strict=True)])
 
     def first_logits(self, batch: Sequence[Example]) -> torch.Tensor:

@@ -23,7 +23,7 @@ FLOOR_TESTS ?= tests/contracts tests/core tests/pruners
 # lmms-eval with the packages that its import needs and .[dev] lacks.
 LMMS_PINS := tests/eval/adapters/lmms_eval_requirements.txt
 
-.PHONY: help setup lint type test test-floor test-harness test-gpu gpu bench docs demo clean
+.PHONY: help setup lint type test test-floor test-harness kernels-compile test-gpu gpu bench docs demo clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -65,8 +65,9 @@ type: $(DEV)  ## mypy on the installed wheel, from outside the root
 	cd build/typed && MYPYPATH=. $(abspath $(BIN))/mypy --config-file ../../pyproject.toml \
 	    --cache-dir ../mypy-cache --package vlm_budget
 
-test: $(DEV)  ## all tests on the newest transformers, then the engine tests on the oldest, and other harnesses
+test: $(DEV)  ## all tests on the newest transformers, the engine tests on the oldest, other harnesses, kernels compiled
 	$(PYTEST) -n $(WORKERS)
+	$(MAKE) kernels-compile
 	$(MAKE) test-floor
 	$(MAKE) test-harness
 
@@ -77,6 +78,10 @@ test-floor: $(FLOOR)  ## the engine tests on the oldest supported transformers
 test-harness: $(LMMS)  ## the adapters under an installed lmms-eval
 	PYTHONPATH=.lmms $(BIN)/python -c 'import lmms_eval'
 	PYTHONPATH=$(CURDIR)/.lmms $(PYTEST) tests/eval/adapters
+
+# Warnings are Triton's, about its own coming defaults.
+kernels-compile: $(DEV)  ## compile every kernel for sm_80 and sm_90 without a GPU; fails where registers spill
+	TRITON_INTERPRET=0 $(BIN)/python -W ignore -m vlm_budget.triton_kernels.compile --jobs $(WORKERS)
 
 test-gpu: $(DEV)  ## the tests that need a CUDA device, in .venv
 	$(BIN)/pytest -m gpu

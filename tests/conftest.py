@@ -8,6 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of a hub clien
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any import of Triton: kernels then run on the CPU
+
 torch.set_num_threads(1)  # xdist workers would otherwise fight for the cores
 
 

@@ -1,9 +1,8 @@
-"""Kernels: one op per file, its torch reference and its Triton kernel side by side.
+"""Kernels: one operation per file, its torch reference and its Triton kernel side by side.
 
-Here will live the ops that methods and the engine share (row gathering, partial attention scores, pairwise
-similarity, token merging, block-sparse attention). Every op has a reference that runs anywhere and defines
-what is right; the kernel is an optimisation with a stated tolerance. The environment variable
-``VLM_BUDGET_KERNELS`` (``reference``, ``triton`` or ``auto``) chooses between them.
+Every operation has a reference that runs anywhere and defines what is right; the kernel is an optimisation with a
+stated tolerance. :mod:`vlm_budget.ops` chooses between them; ``make kernels-compile`` compiles all kernels without a
+GPU, and ``make gpu`` tests and times them on one.
 """
 
 if __name__ != "vlm_budget.triton_kernels":

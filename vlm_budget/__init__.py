@@ -23,6 +23,8 @@ _EXPORTS = {
     "InfeasibleBudgetError": "errors",
     "JournalError": "errors",
     "Latency": "latency",
+    "KernelInputError": "errors",
+    "KernelUnavailableError": "errors",
     "LatencyError": "errors",
     "LayoutError": "errors",
     "MissingExtraError": "errors",
@@ -65,6 +67,8 @@ if TYPE_CHECKING:
     from .errors import ImageError as ImageError
     from .errors import InfeasibleBudgetError as InfeasibleBudgetError
     from .errors import JournalError as JournalError
+    from .errors import KernelInputError as KernelInputError
+    from .errors import KernelUnavailableError as KernelUnavailableError
     from .errors import LatencyError as LatencyError
     from .errors import LayoutError as LayoutError
     from .errors import MissingExtraError as MissingExtraError

@@ -99,6 +99,14 @@ class RunError(VLMBudgetError, RuntimeError):
     """An evaluation run that cannot be started, resumed or read: folder in use, another configuration, full disk."""
 
 
+class KernelInputError(VLMBudgetError, ValueError):
+    """Tensors or sizes that an operation of :mod:`vlm_budget.ops` cannot work on."""
+
+
+class KernelUnavailableError(VLMBudgetError, RuntimeError):
+    """A Triton kernel that was asked for by name and cannot run here."""
+
+
 class MissingExtraError(VLMBudgetError, ImportError):
     """An optional library that is not installed; the message names the extra that brings it."""
 

@@ -60,34 +60,34 @@ def _poured(total: torch.Tensor, weights: torch.Tensor, caps: torch.Tensor) -> t
 
 
 @device_function
-def _pour(total, weights, caps, at):
+def _proportions(left, weights, open_):
+    """Whole part and remainder of every open share's proportion."""
+    whole = tl.maximum(tl.sum(tl.where(open_, weights, 0), 0), 1)
+    wanted = left * tl.where(open_, weights, 0)
+    return wanted // whole, wanted % whole
+
+
+@device_function
+def _pour(total, weights, caps, at, n):
     """Shares of ``total`` in proportion to ``weights``, none above its cap."""
     shares = tl.zeros_like(caps)
     left = total
     open_ = weights > 0
-    filled = tl.sum(open_.to(tl.int32), 0)
-    part = tl.zeros_like(caps)
-    rest = tl.zeros_like(caps)
-    while filled > 0:
-        whole = tl.maximum(tl.sum(tl.where(open_, weights, 0), 0), 1)
-        wanted = left * weights
-        part = wanted // whole
-        rest = wanted % whole
+    for _ in range(0, n):  # Triton 3.6 cannot compile a while loop here; rounds that fill no share change nothing
+        part, rest = _proportions(left, weights, open_)
         over = open_ & ((part > caps) | ((part == caps) & (rest > 0)))
         shares = tl.where(over, caps, shares)
-        open_ = open_ & (over == 0)
         left -= tl.sum(tl.where(over, caps, 0), 0)
-        filled = tl.sum(over.to(tl.int32), 0)
-    part = tl.where(open_, part, 0)
+        open_ = open_ & (over == 0)
+    part, rest = _proportions(left, weights, open_)
     rest = tl.where(open_, rest, -1)
     shares += part
     left -= tl.sum(part, 0)
-    while left > 0:
+    for _ in range(0, left.to(tl.int32)):
         best = tl.max(rest, 0)
         first = tl.min(tl.where(rest == best, at, 2147483647), 0)
         shares += tl.where((at == first) & (best >= 0), 1, 0)
         rest = tl.where(at == first, -1, rest)
-        left = tl.where(best >= 0, left - 1, 0)
     return shares
 
 
@@ -99,10 +99,10 @@ def _quota(weights, caps, shares, total, n, SLOTS: tl.constexpr):
     cap = tl.maximum(tl.load(caps + at, mask=inside, other=0).to(tl.int64), 0)
     heavy = weight > 0
     among = tl.minimum(tl.sum(tl.where(heavy, cap, 0), 0), total.to(tl.int64))
-    share = _pour(among, weight, cap, at)
+    share = _pour(among, weight, cap, at, n)
     light = tl.where(heavy, 0, cap)
     left = tl.minimum(total.to(tl.int64) - tl.sum(share, 0), tl.sum(light, 0))
-    share += _pour(left, light, cap, at)
+    share += _pour(left, light, cap, at, n)
     tl.store(shares + at, share.to(tl.int32), mask=inside)
 
 

@@ -49,7 +49,7 @@ def _sortable(scores):
     return tl.where(scores != scores, 0xFFFFFFFF, ordered).to(tl.uint32)
 
 
-@kernel(Config(warps=8), sizes=("n",))
+@kernel(Config(warps=4), sizes=("n",))
 def _thresholds(scores, segment, counts, thresholds, cutoffs, n, BLOCK: tl.constexpr, BINS: tl.constexpr):
     """The k-th largest score of one segment, and the position of the last of its equals that still belongs."""
     own = tl.program_id(0)

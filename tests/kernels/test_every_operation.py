@@ -1,4 +1,4 @@
-"""What holds for every operation: two halves in one file, specimens of every launch, and a place among the operators."""
+"""What holds for every operation: two halves in one file, and specimens of every launch."""
 
 import ast
 import importlib

@@ -55,9 +55,10 @@ def _thresholds(scores, segment, counts, thresholds, cutoffs, n, BLOCK: tl.const
     own = tl.program_id(0)
     k = tl.load(counts + own).to(tl.int32)
     bins = tl.arange(0, BINS)
-    prefix = tl.zeros((), tl.uint32)  # the digits of the k-th largest found so far
+    prefix = tl.zeros((), tl.uint32)  # the digits of the k-th largest found so far, where ``known`` has ones
+    known = tl.zeros((), tl.uint32)
     left = k  # how many are still to be found among the scores that begin with them
-    for digit in tl.static_range(4):
+    for digit in range(0, 4):
         shift = 24 - 8 * digit
         counted = tl.zeros((BINS,), tl.int32)
         for start in range(0, n, BLOCK):
@@ -65,17 +66,16 @@ def _thresholds(scores, segment, counts, thresholds, cutoffs, n, BLOCK: tl.const
             inside = at < n
             key = _sortable(tl.load(scores + at.to(tl.int64), mask=inside, other=0.0).to(tl.float32))
             mine = tl.load(segment + at.to(tl.int64), mask=inside, other=-1) == own
-            if digit > 0:
-                mine = mine & ((key >> (shift + 8)) == prefix)
+            mine = mine & (((key ^ prefix) & known) == 0)
             bin_of = tl.where(mine, (key >> shift) & 0xFF, BINS - 1).to(tl.int32)
             counted += tl.histogram(bin_of, BINS)
             counted -= tl.where(bins == BINS - 1, tl.sum((~mine).to(tl.int32), 0), 0)
         above = tl.sum(counted, 0) - tl.cumsum(counted, 0)  # scores in higher bins
         here = (above < left) & (above + counted >= left)
-        found = tl.max(tl.where(here, bins, -1), 0)
-        found = tl.maximum(found, 0)  # fewer than k in all: every one stays, from the lowest key on
+        found = tl.maximum(tl.max(tl.where(here, bins, -1), 0), 0)  # too few in all: every one stays, from the lowest on
         left -= tl.sum(tl.where(bins == found, above, 0), 0)
-        prefix = (prefix << 8) | found.to(tl.uint32)
+        prefix = prefix | (found.to(tl.uint32) << shift)
+        known = known | (tl.full((), 0xFF, tl.uint32) << shift)
     cutoff = tl.full((), -1, tl.int32)
     seen = tl.zeros((), tl.int32)
     for start in range(0, n, BLOCK):

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm_budget.budget import in_words
+from vlm_budget.eval.large import FAMILIES
 from vlm_budget.eval.markdown import replace_section, table
+from vlm_budget.eval.op_cases import CASES, LENGTHS
+from vlm_budget.eval.passes import VARIANTS
+
+NOT_YET = "not measured yet"
 
 
 def prefill(data: dict[str, Any]) -> str:
@@ -177,6 +182,123 @@ def evaluation(data: dict[str, Any]) -> str:
     )
 
 
+def gpu(data: dict[str, Any] | None) -> str:
+    """The tables of ``benchmarks/gpu.py``; what has not been measured, all of it without a record, says so."""
+    data = data or {"operations": [], "models": [], "machine": None}
+    ways = {
+        (row["family"], row["tiles"], row["batch"], each["method"], each["budget"]): each
+        for row in data["models"]
+        for each in row["variants"]
+    }
+    header = ["run", "vision tower", "selection", "prefill", "first token", "times faster", "per decoded token"]
+    header += ["tokens per second", "peak memory"]
+    parts = [gpu_place(data), "What the kernels are for, the worst of what was measured:"]
+    parts += [table(["goal", "at most or least", "measured"], gpu_goals(data, ways)), "Operations:"]
+    parts += [gpu_operations(data["operations"]), "Models, prompts of five tiles, milliseconds (selection also as a "]
+    parts[-1] += "share of the unpatched prefill; prefill with selection also over the native one):"
+    for family in FAMILIES:
+        for batch in (1, 8):
+            rows = [(variant, ways.get((family, 5, batch, variant.method, variant.budget))) for variant in VARIANTS]
+            measured = [[str(variant), *gpu_way(row)] for variant, row in rows if any(found for _, found in rows)]
+            text = f"\n\n{table(header, measured)}" if measured else f" {NOT_YET}."
+            parts.append(f"{family}, batch {batch}:{text}")
+    return "\n\n".join(parts)
+
+
+def gpu_place(data: dict[str, Any]) -> str:
+    """Where it was measured, and the machine's ceilings."""
+    if data["machine"] is None:
+        return f"Machine, copy rate and matrix rate: {NOT_YET}."
+    place, machine = data["environment"], data["machine"]
+    versions = ", ".join(f"{name} {place['versions'].get(name)}" for name in ("torch", "triton", "transformers"))
+    attention = ", ".join(sorted({shape["attention"] for shape in data["shapes"].values()})) or NOT_YET
+    return (
+        f"{place['device']}, driver {place.get('driver')}, {versions}, {place['dtype']}, attention: {attention}, "
+        f"commit `{(place['git'] or 'unknown')[:12]}`. A copy moves "
+        f"{machine['copy']['bytes_per_second'] / 1e12:.2f} TB/s (read and written), a matrix product "
+        f"{machine['matrix']['flops_per_second'] / 1e12:.0f} TFLOP/s. Times are medians; quartiles are in the record."
+    )
+
+
+def gpu_operations(measured: list[dict[str, Any]]) -> str:
+    """One row per operation and number of tokens."""
+    known = {(row["op"], row["what"], row["tokens"]): row for row in measured}
+    rows = []
+    for case in CASES:
+        if not any((case.op, case.what, tokens) in known for tokens in LENGTHS):
+            rows.append([f"`{case.op}`", case.what, "all", NOT_YET, *[""] * 4])
+            continue
+        for tokens in LENGTHS:
+            row = known.get((case.op, case.what, tokens))
+            cells = [NOT_YET] * 5
+            if row is not None:
+                ms, share = row["ms"], row[f"share_of_{'matrix' if case.bound == 'matrix' else 'copy'}_rate"]
+                replayed = ms["replayed"]
+                cells = [
+                    f"{1000 * ms['cold']['median']:.1f} us",
+                    f"{1000 * replayed['median']:.1f} us" if replayed else "no graph",
+                    f"{1000 * ms['reference']['median']:.0f} us",
+                    f"{row['times_faster']:.1f} x",
+                    "bound by neither" if case.bound == "latency" else f"{share:.0%} of the {case.bound} rate",
+                ]
+            rows.append([f"`{case.op}`", case.what, f"{tokens:,}", *cells])
+    header = [
+        "operation",
+        "on",
+        "tokens",
+        "one call, cold",
+        "in a graph",
+        "reference",
+        "times faster",
+        "of the ceiling",
+    ]
+    return table(header, rows, left=2)
+
+
+def gpu_way(row: dict[str, Any] | None) -> list[str]:
+    """The figures of one way to run a model."""
+    row = row or {"ms": {}, "ratios": {}, "method": ""}
+    full, native = row["method"] == "full", row["method"] == "native"
+
+    def stage(name: str, applies: bool = True, ratio: str = "", form: str = "") -> str:
+        more = f" ({form.format(row['ratios'][ratio])})" if ratio in row["ratios"] else ""
+        return "" if not applies else f"{row['ms'][name]['median']:.2f}{more}" if name in row["ms"] else NOT_YET
+
+    decode, speedup = row.get("decode"), row["ratios"].get("ttft_speedup")
+    cells = [stage("vision_tower", not native), stage("selection", not (full or native), "overhead", "{:.2%}")]
+    cells += [stage("prefill", True, "against_native", "{:.3f} x")]
+    cells += [stage("ttft", not native), f"{speedup:.2f} x" if speedup else "" if full or native else NOT_YET]
+    cells += [f"{decode['ms_per_token']['median']:.2f}" if decode else "" if native else NOT_YET]
+    rate = (decode or {}).get("tokens_per_second")
+    cells += [f"{rate:.0f}" if rate else "" if native else NOT_YET]
+    peak = row.get("peak_bytes")
+    return [*cells, f"{peak / 1e9:.1f} GB" if peak else NOT_YET]
+
+
+def gpu_goals(data: dict[str, Any], ways: dict[tuple[Any, ...], dict[str, Any]]) -> list[list[str]]:
+    """What was promised beside what was measured: the worst over everything that counts."""
+    memory = [row["share_of_copy_rate"] for row in data["operations"] if row["bound"] == "memory"]
+    greedy = [row for row in data["operations"] if row["op"] == "greedy_diversity" and row["tokens"] == 2880]
+    patched = [each for each in ways.values() if each["method"] not in ("full", "native")]
+    hired = [each["ratios"] for key, each in ways.items() if key[1] == 5 and key[3:] == ("hired", 0.2)]
+    overhead = [each["ratios"]["overhead"] for each in patched if "overhead" in each["ratios"]]
+    waits = [each["waits"]["ours"] for each in patched if each.get("waits")]
+    faster, native = ([each[name] for each in hired if name in each] for name in ("ttft_speedup", "against_native"))
+
+    def worst(values: list[float], pick: Any, form: str) -> str:
+        return form.format(pick(values)) if values else NOT_YET
+
+    greedy_ms = [row["ms"]["cold"]["median"] for row in greedy]
+    return [
+        ["least share of the copy rate, memory-bound operations", "70%", worst(memory, min, "{:.0%}")],
+        ["`greedy_diversity`, 320 of 2,880 tokens", "1 ms", worst(greedy_ms, max, "{:.2f} ms")],
+        ["selection, of the unpatched prefill", "1%", worst(overhead, max, "{:.2%}")],
+        ["waits for the device in a patched prompt pass, ours", "1", worst(waits, max, "{:.0f}")],
+        ["HiRED at 20%, time to the first token, times faster", "2.5 x", worst(faster, min, "{:.2f} x")],
+        ["HiRED at 20%, prefill against native", "1.08 x", worst(native, max, "{:.3f} x")],
+    ]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -190,7 +312,13 @@ def main() -> None:
     parser.add_argument("--budgets-page", type=Path, default=Path("docs/budgets.md"))
     parser.add_argument("--evaluation-results", type=Path, default=Path("benchmarks/results/evaluation_cpu.json"))
     parser.add_argument("--evaluation-page", type=Path, default=Path("docs/evaluate.md"))
+    parser.add_argument("--gpu-results", type=Path, default=Path("benchmarks/results/gpu.json"))
+    parser.add_argument("--gpu-page", type=Path, default=Path("docs/kernels.md"))
     arguments = parser.parse_args()
+    recorded = arguments.gpu_results.exists()
+    replace_section(
+        arguments.gpu_page, "gpu", gpu(json.loads(arguments.gpu_results.read_text("utf-8")) if recorded else None)
+    )
     for results, page, name, write in (
         (arguments.results, arguments.page, "prefill", prefill),
         (arguments.greedy_results, arguments.greedy_page, "greedy", greedy),

@@ -120,7 +120,7 @@ class CDPruner(Pruner):
 
     def pick(self, ctx: Context, k: int) -> torch.Tensor:
         """Greedy MAP selection over all patch tokens of the item."""
-        candidates = ctx.item.candidates.to(ctx.device)
+        candidates = ctx.candidates
         rows = CosineRows(ctx.features[candidates])
         if isinstance(self.relevance, ClipRelevance):
             found = self.relevance(ctx, candidates)

@@ -48,10 +48,9 @@ class ClsTopK(Pruner):
         scores = ctx.token_scores(next(iter(ctx.attention)))
         if self.scope == "item":
             return scores.argsort(descending=True, stable=True)[:k]  # unlike topk, ties go to the earlier everywhere
-        return segmented_topk(scores, item.partition, equal_shares(item, k))
+        return segmented_topk(scores, ctx.partition, equal_shares(item, k))
 
 
 def equal_shares(item: VisualItem, k: int) -> list[int]:
     """``k`` tokens split equally over an item's partitions; what one cannot hold (padding) passes on to the others."""
-    sizes = torch.bincount(item.partition[item.candidates], minlength=len(item.partitions)).tolist()
-    return split(k, [float(n > 0) for n in sizes], sizes)
+    return split(k, [float(n > 0) for n in item.shown], item.shown)

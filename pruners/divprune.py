@@ -30,5 +30,5 @@ class DivPrune(Pruner):
 
     def pick(self, ctx: Context, k: int) -> torch.Tensor:
         """Greedy max-min selection over all patch tokens of the item."""
-        candidates = ctx.item.candidates.to(ctx.device)
+        candidates = ctx.candidates
         return candidates[max_min(CosineRows(ctx.features[candidates]), k)]

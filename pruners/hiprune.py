@@ -70,14 +70,14 @@ class HiPrune(Pruner):
         objects, deep = (ctx.token_scores(need).to(ctx.device) for need in (needs[0], needs[-1]))
         item = ctx.item
         shares = equal_shares(item, k)
-        anchors = segmented_topk(objects, item.partition, [round(self.alpha * share / 5) for share in shares])
+        anchors = segmented_topk(objects, ctx.partition, [round(self.alpha * share / 5) for share in shares])
         rank = torch.zeros(item.size + 1, dtype=torch.long, device=ctx.device)  # the last place is where -1 points
-        rank[grid_neighbours(item).to(ctx.device)[anchors]] = 1
+        rank[ctx.there(grid_neighbours(item))[anchors]] = 1
         rank[anchors] = 2
         order = deep.argsort(descending=True, stable=True)
         order = order[rank[order].argsort(descending=True, stable=True)]
         place = torch.empty_like(order).scatter_(0, order, torch.arange(item.size, device=ctx.device))
-        return segmented_topk(-place, item.partition, shares)
+        return segmented_topk(-place, ctx.partition, shares)
 
 
 def grid_neighbours(item: VisualItem) -> torch.Tensor:

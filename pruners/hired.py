@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Real
 from typing import Literal
 
@@ -33,7 +34,7 @@ from vlm_budget.allocate import split
 from vlm_budget.budget import Budget
 from vlm_budget.errors import OptionError
 from vlm_budget.layout import Partition, VisualItem
-from vlm_budget.ops import segmented_topk
+from vlm_budget.ops import quota, segmented_topk
 from vlm_budget.pruner import Attention, Context, Pruner, Tower, saliency
 
 
@@ -103,15 +104,13 @@ class HiRED(Pruner):
     def pick(self, ctx: Context, k: int) -> torch.Tensor:
         """Split ``k`` over the partitions, then take each partition's most attended patches."""
         needs = [need for need in ctx.attention if need.kind in ("cls", "received")]  # a merging stage may ask for more
-        item = ctx.item
-        valid = torch.bincount(item.partition[item.candidates], minlength=len(item.partitions)).tolist()
-        quotas = self.quotas(item.partitions, valid, ctx.attention[needs[0]], k)
-        return segmented_topk(ctx.token_scores(needs[-1]), item.partition, quotas)
+        quotas = self.quotas(ctx.item.partitions, ctx.item.shown, ctx.attention[needs[0]], k)
+        return segmented_topk(ctx.token_scores(needs[-1]), ctx.partition, quotas, k)
 
     def quotas(
         self, partitions: Sequence[Partition], valid: Sequence[int], content: Sequence[torch.Tensor], k: int
-    ) -> list[int]:
-        """Phase 1: tokens per partition.
+    ) -> torch.Tensor:
+        """Phase 1: tokens per partition, worked out on the device of the attention.
 
         Args:
             partitions: The item's grids.
@@ -120,39 +119,49 @@ class HiRED(Pruner):
             k: Tokens to split.
 
         Returns:
-            One count per partition, summing to ``k``.
+            [partitions] int32, summing to ``k``.
         """
+        device = content[0].device
+
         thumbnail = next((i for i, grid in enumerate(partitions) if grid.kind == "thumbnail"), None)
         if thumbnail is None:
-            return split(k, [float(n) for n in valid], valid)
+            return _counts(split(k, [float(n) for n in valid], valid), device)
         crops = [i for i in range(len(partitions)) if i != thumbnail]
         pool = sum(valid[i] for i in crops)
         base = min(math.floor(self.alpha * k), valid[thumbnail])
         base = max(base, k - pool)  # what the crops cannot hold goes back to the thumbnail
-        under = patches_under(partitions[thumbnail], [partitions[i] for i in crops])
-        shares = split(k - base, self._crop_content(content[thumbnail], under, len(crops)), [valid[i] for i in crops])
-        quotas = [0] * len(partitions)
-        quotas[thumbnail] = base
-        for i, share in zip(crops, shares, strict=True):
-            quotas[i] = share
-        return quotas
+        under = patches_under(partitions[thumbnail], [partitions[i] for i in crops]).to(device, non_blocking=True)
+        weights = self._crop_content(content[thumbnail], under, len(crops))
+        shares = quota(k - base, weights, _counts([valid[i] for i in crops], device))
+        return torch.cat([shares[:thumbnail], shares.new_full((1,), base), shares[thumbnail:]])
 
-    def _crop_content(self, attention: torch.Tensor, under: torch.Tensor, crops: int) -> list[float]:
-        mass = attention.cpu().double()  # counts are needed on the host anyway, and there they are the same everywhere
+    def _crop_content(self, attention: torch.Tensor, under: torch.Tensor, crops: int) -> torch.Tensor:
+        mass = attention.double()
         if self.content == "count":
             top = int(len(mass) * (1 - self.alpha)) if self.count_top is None else self.count_top
             hits = mass.argsort(descending=True, stable=True)[: max(top, 1)]  # unlike topk, ties go to the earlier
             mass = torch.zeros_like(mass).index_fill_(0, hits, 1.0)
-        sums = torch.zeros(crops + 1, dtype=mass.dtype, device="cpu")
-        return sums.index_add_(0, under, mass)[:crops].tolist()
+        # Added up in whole numbers, a power of two apart from the attention: the same in any order, on every device.
+        above = torch.frexp(mass.amax()).exponent
+        whole = (mass * torch.exp2(62.0 - len(mass).bit_length() - above.double())).long()
+        return whole.new_zeros(crops + 1).index_add_(0, under, whole)[:crops].double()
+
+
+def _counts(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
 
 
 def patches_under(thumbnail: Partition, crops: Sequence[Partition]) -> torch.Tensor:
     """Which crop holds the centre of each thumbnail patch.
 
     Returns:
-        [rows * cols] int64 crop indices; ``len(crops)`` where no crop holds the centre.
+        [rows * cols] int64 (CPU) crop indices; ``len(crops)`` where no crop holds the centre.
     """
+    return _patches_under(thumbnail, tuple(crops))
+
+
+@lru_cache(maxsize=256)
+def _patches_under(thumbnail: Partition, crops: tuple[Partition, ...]) -> torch.Tensor:
     left, top, right, bottom = thumbnail.box
     x = left + (torch.arange(thumbnail.cols, dtype=torch.double, device="cpu") + 0.5) / thumbnail.cols * (right - left)
     y = top + (torch.arange(thumbnail.rows, dtype=torch.double, device="cpu") + 0.5) / thumbnail.rows * (bottom - top)

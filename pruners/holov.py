@@ -16,7 +16,8 @@ Where this differs from the released code, and why:
   like.
 
 Ours, not the paper's: received attention in towers without a class token; partitions share the budget in proportion to
-their tokens and are chunked each on its own.
+their tokens and are chunked each on its own. Quotas are worked out by the host, which waits for the device once per
+image or video.
 """
 
 from __future__ import annotations
@@ -67,20 +68,22 @@ class HoloV(Pruner):
         item = ctx.item
         scores = ctx.token_scores(next(iter(ctx.attention))).to(ctx.device)
         members = [(item.partition == index).nonzero().flatten() for index in range(len(item.partitions))]
-        sizes = [len(tokens) for tokens in members]
+        shown = [(t, n) for t, n in zip(members, split(k, item.shown, item.shown), strict=True) if n]
+        chunks = [chunk_of(len(tokens), self.chunks) for tokens, _ in shown]
+        places = [ctx.there(tokens) for tokens, _ in shown]
+        worth = [
+            self.worth(scores[place], ctx.features[place], chunk) for place, chunk in zip(places, chunks, strict=True)
+        ]
+        known = torch.cat(worth).cpu().split([len(chunk) for chunk in chunks])  # here the host waits for the device
         segment = torch.full((item.size,), -1, device="cpu")
         quotas: list[int] = []
-        for tokens, count in zip(members, split(k, sizes, sizes), strict=True):
-            if count:
-                chunk = chunk_of(len(tokens), self.chunks)
-                segment[tokens] = chunk + len(quotas)
-                there = tokens.to(ctx.device)
-                weights = self.chunk_scores(scores[there], ctx.features[there], chunk)
-                quotas += chunk_quotas(count, weights, torch.bincount(chunk).tolist())
+        for (tokens, count), chunk, score in zip(shown, chunks, known, strict=True):
+            segment[tokens] = chunk + len(quotas)
+            quotas += chunk_quotas(count, chunk_means(score, chunk), torch.bincount(chunk).tolist())
         return segmented_topk(scores, segment, quotas)
 
-    def chunk_scores(self, attention: torch.Tensor, features: torch.Tensor, chunk: torch.Tensor) -> list[float]:
-        """Mean score of every chunk.
+    def worth(self, attention: torch.Tensor, features: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
+        """[n] float64 score of every token of a partition.
 
         Args:
             attention: [n].
@@ -89,11 +92,15 @@ class HoloV(Pruner):
         """
         scaled = 1e3 * attention.double()
         variance = similarity_variance(features, chunk).double()
-        if variance.mean() > 0:
-            variance = variance * (scaled.mean() / variance.mean())
-        score = (scaled + self.alpha * variance).cpu()  # counts are needed on the host
-        sums = torch.zeros(int(chunk[-1]) + 1, dtype=score.dtype, device="cpu").index_add_(0, chunk, score)
-        return (sums / torch.bincount(chunk)).tolist()
+        alike = torch.where(variance.mean() > 0, scaled.mean() / variance.mean(), 1.0)
+        return scaled + self.alpha * (variance * alike)
+
+
+def chunk_means(scores: torch.Tensor, chunk: torch.Tensor) -> list[float]:
+    """Mean of the scores in every chunk, both on the CPU."""
+    sums = torch.zeros(int(chunk[-1]) + 1, dtype=scores.dtype, device="cpu").index_add_(0, chunk, scores)
+    means: list[float] = (sums / torch.bincount(chunk)).tolist()
+    return means
 
 
 def chunk_of(tokens: int, chunks: int) -> torch.Tensor:
@@ -105,8 +112,8 @@ def similarity_variance(features: torch.Tensor, chunk: torch.Tensor) -> torch.Te
     """[n] float32 variance of each token's cosine similarities to the tokens of its chunk, itself included."""
     sizes = torch.bincount(chunk)
     place = torch.arange(len(chunk), device="cpu") - (sizes.cumsum(0) - sizes)[chunk]
-    chunk, place, sizes = (index.to(features.device) for index in (chunk, place, sizes))
-    padded = features.new_zeros(len(sizes), int(place.max()) + 1, features.shape[-1], dtype=torch.float32)
+    padded = features.new_zeros(len(sizes), int(sizes.max()), features.shape[-1], dtype=torch.float32)
+    chunk, place, sizes = (index.to(features.device, non_blocking=True) for index in (chunk, place, sizes))
     padded[chunk, place] = normalize(features.float(), dim=-1)
     similarity = padded @ padded.transpose(1, 2)  # padding is similar to nothing: its products are 0
     count = sizes[:, None]

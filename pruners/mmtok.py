@@ -10,6 +10,9 @@ Where this differs from the released code, and why:
   would need the tokenizer and a list per language.
 * Padding and row separators are never candidates, and a prompt does not depend on the others of its batch (the released
   code handles one prompt at a time).
+
+For every token kept, the host waits for the device to say which rows it has raised: to look at all of them would cost
+more.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ class MMTok(Pruner):
     def pick(self, ctx: Context, k: int) -> torch.Tensor:
         """Greedy coverage by the patch tokens of the item."""
         assert ctx.hidden is not None and ctx.text is not None
-        candidates = ctx.item.candidates.to(ctx.device)
+        candidates = ctx.candidates
         hidden = unit_rows(ctx.hidden[candidates])
         text = shares(unit_rows(ctx.text), unit_rows(ctx.features[candidates]), self.text_temperature)
         vision = shares(hidden, hidden, self.vision_temperature).mul_(self.vision_weight)

@@ -41,7 +41,7 @@ class Pool(Pruner):
                 start += count
         keep = segmented_topk(-distance, cell, [1] * k)
         means = cell_means(ctx.features, cell)
-        return Selection(keep.to(ctx.device), means[cell[keep].to(ctx.device)])
+        return Selection(ctx.there(keep), means[ctx.there(cell[keep])])
 
 
 def cells_of(patch: torch.Tensor, cols: int, count: int) -> torch.Tensor:
@@ -92,7 +92,7 @@ def cell_means(features: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
     place = torch.arange(len(order), device="cpu") - (sizes.cumsum(0) - sizes)[cell[order]]
     index = torch.full((len(sizes), int(sizes.max())), -1, device="cpu")
     index[cell[order], place] = order
-    index, sizes = index.to(features.device), sizes.to(features.device)
+    index, sizes = (tensor.to(features.device, non_blocking=True) for tensor in (index, sizes))
     # Gathered and summed in a fixed order: adding by index would round differently from run to run on a GPU.
     gathered = features[index.clamp_min(0)].float() * (index >= 0)[..., None]
     return (gathered.sum(1) / sizes[:, None]).to(features.dtype)

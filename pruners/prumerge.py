@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from numbers import Real
 
 import torch
-from torch.nn.functional import normalize
 
 from vlm_budget.allocate import split
 from vlm_budget.errors import OptionError
+from vlm_budget.ops import assigned_merge, nearest, segmented_topk, weighted_merge
 from vlm_budget.pruner import Attention, Context, Pruner, Selection, Tower
 from vlm_budget.pruners.token_transforming import project_mix
 from vlm_budget.pruners.uniform import evenly
@@ -68,33 +68,30 @@ class PruMerge(Pruner):
     def pick(self, ctx: Context, k: int) -> Selection:
         """Kept tokens of every partition, and what merges into them."""
         attention, keys = (ctx.in_token_order(need).to(ctx.device) for need in ctx.attention)
-        item = ctx.item
-        members = [(item.partition == index).nonzero().flatten() for index in range(len(item.partitions))]
-        sizes = [len(tokens) for tokens in members]
-        keep, mixing = [], []
-        for tokens, count in zip(members, split(k, sizes, sizes), strict=True):
-            if count:
-                tokens = tokens.to(ctx.device)
-                kept, weights = self._merged(attention[tokens], keys[tokens], count)
-                keep.append(tokens[kept])
-                mixing.append((tokens, weights))
-        return Selection(torch.cat(keep), project_mix(ctx, mixing))
+        partition, sizes = ctx.partition, ctx.item.shown
+        counts = split(k, sizes, sizes)
+        extra = [int(1 < count < size) for count, size in zip(counts, sizes, strict=True)]
+        stay = [count - more for count, more in zip(counts, extra, strict=True)]
+        kept = self._kept(ctx, attention, stay)
+        kept = kept[partition[kept].argsort(stable=True)]
+        grouped = ctx.there(ctx.item.partition.argsort(stable=True)[len(ctx.item.separators) :])
+        near, _ = nearest(keys, kept, self.neighbours, among=grouped, sizes=sizes, shares=stay, exclude_self=True)
+        index = torch.cat([kept[:, None], near], 1)
+        weights = torch.cat([attention.new_ones(len(kept), 1), attention[near.clamp_min(0)]], 1)
+        if not any(extra):
+            return Selection(kept, project_mix(ctx, lambda hidden: weighted_merge(hidden, index, weights)))
+        dropped = partition.index_fill(0, kept, -1)  # the partition of the dropped ones, no partition of the others
+        first = segmented_topk(attention, dropped, extra)
 
-    def _merged(self, attention: torch.Tensor, keys: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[count] positions in a partition of n tokens, and [count, n] mixing weights."""
-        ranked = attention.argsort(descending=True, stable=True)  # unlike topk, ties go to the earlier everywhere
-        extra = 1 < count < len(ranked)
-        kept = self._kept(ranked, count - extra)
-        weights = neighbour_weights(attention, keys, kept, self.neighbours)
-        if extra:
-            dropped = torch.ones_like(ranked, dtype=torch.bool).index_fill_(0, kept, False)
-            kept = torch.cat([kept, ranked[dropped[ranked].int().argmax()][None]])  # the first of them
-            weights = torch.cat([weights, (attention * dropped)[None]])
-        return kept, weights
+        def mix(hidden: torch.Tensor) -> torch.Tensor:
+            of_dropped = assigned_merge(hidden, dropped, attention, len(sizes))
+            return torch.cat([weighted_merge(hidden, index, weights), of_dropped[partition[first].to(hidden.device)]])
 
-    def _kept(self, ranked: torch.Tensor, count: int) -> torch.Tensor:
-        """The ``count`` tokens that stay as they are, from positions ranked by attention."""
-        return ranked[:count]
+        return Selection(torch.cat([kept, first]), project_mix(ctx, mix))
+
+    def _kept(self, ctx: Context, attention: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """The tokens that stay as they are, so many of each partition."""
+        return segmented_topk(attention, ctx.partition, counts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,29 +114,16 @@ class PruMergePlus(PruMerge):
         if not 0 <= self.attended <= 1:
             raise OptionError(f"attended must lie in [0, 1], got {self.attended}")
 
-    def _kept(self, ranked: torch.Tensor, count: int) -> torch.Tensor:
-        top = int(self.attended * count + 0.5)
-        rest = ranked[top:].sort().values
-        return torch.cat([ranked[:top], rest[evenly(count - top, len(rest)).to(rest.device)]])
-
-
-def neighbour_weights(attention: torch.Tensor, keys: torch.Tensor, kept: torch.Tensor, count: int) -> torch.Tensor:
-    """What each kept token becomes: itself, plus its most similar tokens weighted by their attention (not normalised).
-
-    Args:
-        attention: [n].
-        keys: [n, C].
-        kept: [m] int64 positions.
-        count: Neighbours of a token, itself not counted; all others where there are fewer.
-
-    Returns:
-        [m, n] float32.
-    """
-    unit = normalize(keys.float(), dim=-1)
-    own = torch.zeros(len(kept), len(attention), device=kept.device).scatter_(1, kept[:, None], 1.0)
-    similarity = (unit[kept] @ unit.T).masked_fill(own > 0, -torch.inf)
-    nearest = similarity.argsort(dim=1, descending=True, stable=True)[:, : min(count, len(attention) - 1)]
-    return own.scatter_(1, nearest, attention[nearest])
+    def _kept(self, ctx: Context, attention: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        top = [int(self.attended * count + 0.5) for count in counts]
+        attended = segmented_topk(attention, ctx.partition, top)
+        taken = torch.zeros_like(ctx.partition).index_fill_(0, attended, 1)
+        order = (2 * ctx.partition - taken).argsort(stable=True)  # by partition, the attended ones in front
+        places, start = [], len(ctx.separators)
+        for size, count, first in zip(ctx.item.shown, counts, top, strict=True):
+            places.append(start + first + evenly(count - first, size - first))
+            start += size
+        return torch.cat([attended, order[ctx.there(torch.cat(places))]])
 
 
 def adaptive_ratio(attention: torch.Tensor) -> float:

@@ -34,4 +34,4 @@ class Random(Pruner):
         """Draw ``k`` candidates without replacement, on the CPU so that every device gives the same draw."""
         generator = torch.Generator("cpu").manual_seed((self.seed * 1_000_003 + ctx.order) % 2**63)
         candidates = ctx.item.candidates
-        return candidates[torch.randperm(len(candidates), generator=generator, device="cpu")[:k]].to(ctx.device)
+        return ctx.there(candidates[torch.randperm(len(candidates), generator=generator, device="cpu")[:k]])

@@ -14,6 +14,8 @@ Drops are at the input of layers 2, 6 and 15 of 32. The source counts the layers
 from 1, so that layers 2, 6 and 15 counted from 0 see fewer, the released keep lists average to the 192, 128, 96 and 64
 tokens they are named after, recycled tokens included (192.0, 128.6, 96.9, 64.8); read from 0 they do not (206.5, ...).
 
+How many raters there are is for the device to say, for which the host waits at every step and item.
+
 Where this differs:
 
 * Any budget: the released lists are joined by straight lines, below the least and above the largest list towards none
@@ -136,8 +138,8 @@ def raters(ctx: DecoderContext) -> torch.Tensor:
     """Columns of the text tokens that weigh in on the visual ones more than the mean; all where none stands out."""
     text = ctx.readers
     relevance = (ctx.embeds[ctx.visual].float() @ ctx.embeds[text].float().T).softmax(-1).mean(0)
-    above = relevance > relevance.mean()
-    return text[above] if bool(above.any()) else text
+    above = (relevance > relevance.mean()).nonzero()[:, 0]  # the host waits for their number
+    return text[above] if len(above) else text
 
 
 def _recyclable(dropped: int) -> int:

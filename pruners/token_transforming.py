@@ -9,7 +9,7 @@ weight on the anchor itself. :func:`transform_matrix` serves plain vision transf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import normalize, one_hot
 
 from vlm_budget.errors import OptionError, PatchError
+from vlm_budget.ops import assign, assigned_merge, nearest, softmax_merge, weighted_merge
 from vlm_budget.pruner import Attention, Context, Merge, Tower
 
 
@@ -63,25 +64,23 @@ def transform_matrix(
     return self_weight * own + (1 - self_weight) * weights
 
 
-def project_mix(ctx: Context, blocks: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def project_mix(ctx: Context, mix: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Embeddings of mixtures of an item's tokens, mixed before the projector, which is not linear.
 
     Args:
         ctx: The item.
-        blocks: Per block, the [m] int64 positions that are mixed and their [k, m] float32 weights.
+        mix: Makes [k, C] mixtures of the [n, C] inputs of the projector, in their dtype and on their device, as the
+            operations of :mod:`vlm_budget.ops` do.
 
     Returns:
-        [sum of k, D] in the dtype, and on the device, of the features.
+        [k, D] in the dtype, and on the device, of the features.
 
     Raises:
         PatchError: The context does not hold the projector's inputs.
     """
-    hidden = ctx.hidden
-    if hidden is None:
+    if ctx.hidden is None:
         raise PatchError("merging needs the inputs of the projector (Context.hidden), and this context has none")
-    there = hidden.device
-    mixed = [weights.to(there) @ hidden[tokens.to(there)].float() for tokens, weights in blocks]
-    return ctx.project(torch.cat(mixed).to(hidden.dtype)).to(ctx.features)
+    return ctx.project(mix(ctx.hidden)).to(ctx.features)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +126,39 @@ class TokenTransforming(Merge):
     def merge(self, ctx: Context, keep: torch.Tensor) -> torch.Tensor:
         """Mix over all the item's candidates: partitions of an any-resolution image share one matrix."""
         need = [need for need in ctx.attention if need.kind == "keys"][-1]  # the stage's own come behind the method's
-        candidates = ctx.item.candidates.to(keep.device)
-        weights = transform_matrix(
-            ctx.in_token_order(need).to(keep.device)[candidates],
-            torch.searchsorted(candidates, keep),
-            temperature=self.temperature,
-            top=self.top,
-            self_weight=self.self_weight,
-            exclusive=self.exclusive,
-        )
-        return project_mix(ctx, [(candidates, weights)])
+        keys, among = ctx.in_token_order(need).to(keep.device), ctx.candidates.to(keep.device)
+        if self.exclusive:
+            return project_mix(ctx, lambda hidden: self._averages(hidden, keys, keep, among))
+        if self.top is None:
+            return project_mix(
+                ctx,
+                lambda hidden: softmax_merge(
+                    hidden, keys, keep, self.temperature, among=among, self_weight=self.self_weight
+                ),
+            )
+        index, weights = self._neighbours(keys, keep, among, self.top)
+        return project_mix(ctx, lambda hidden: weighted_merge(hidden, index, weights))
+
+    def _averages(
+        self, hidden: torch.Tensor, keys: torch.Tensor, keep: torch.Tensor, among: torch.Tensor
+    ) -> torch.Tensor:
+        """Each token goes to one anchor, which takes the mean of its own."""
+        owner = assign(keys, keep, among=among)
+        members = owner.new_zeros(len(keep)).scatter_add_(0, owner, torch.ones_like(owner))
+        weights = (1 - self.self_weight) / members[owner] + self.self_weight * (among == keep[owner])
+        return assigned_merge(hidden, owner, weights, len(keep), among=among)
+
+    def _neighbours(
+        self, keys: torch.Tensor, keep: torch.Tensor, among: torch.Tensor, top: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[m, t] positions of an anchor and of those like it, and their weights, as :func:`transform_matrix` has them.
+
+        Of the tokens that tie for the last place, one more than that place stays, where the matrix keeps all.
+        """
+        index, similarity = nearest(keys, keep, top, among=among, exclude_self=True)
+        own = normalize(keys[keep].float(), dim=-1).square().sum(-1, keepdim=True)
+        least = similarity[:, top - 2 : top - 1] if top > 1 else own
+        similarity = torch.cat([own, similarity.masked_fill(similarity < least, -torch.inf)], 1)
+        weights = (1 - self.self_weight) * (similarity / self.temperature).softmax(-1)
+        weights[:, 0] += self.self_weight
+        return torch.cat([keep[:, None], index], 1), weights

@@ -30,7 +30,7 @@ class Uniform(Pruner):
             for tokens, grid, count in zip(members, item.partitions, split(k, sizes, sizes), strict=True)
             if count
         ]
-        return torch.cat(picked).to(ctx.device)
+        return ctx.there(torch.cat(picked))
 
 
 def lattice(patch: torch.Tensor, cols: int, count: int) -> torch.Tensor:

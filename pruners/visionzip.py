@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from numbers import Real
 
 import torch
-from torch.nn.functional import normalize, one_hot
 
 from vlm_budget.errors import OptionError
+from vlm_budget.ops import assign, assigned_merge, segmented_topk
 from vlm_budget.pruner import Attention, Context, Pruner, Selection, Tower, saliency
 from vlm_budget.pruners.cls_topk import equal_shares
 from vlm_budget.pruners.token_transforming import project_mix
@@ -64,35 +64,39 @@ class VisionZip(Pruner):
         """Dominant and contextual tokens of every partition."""
         attention, mean_keys = ctx.attention
         scores, keys = ctx.token_scores(attention).to(ctx.device), ctx.in_token_order(mean_keys).to(ctx.device)
-        dominant, contextual, mixing = [], [], []
-        for index, count in enumerate(equal_shares(ctx.item, k)):
-            tokens = (ctx.item.partition == index).nonzero().flatten().to(ctx.device)
-            merged = int(self.contextual * count + 0.5)
-            ranked = tokens[scores[tokens].argsort(descending=True, stable=True)]
-            dominant.append(ranked[: count - merged])
-            if merged:
-                rest = ranked[count - merged :].sort().values
-                targets = torch.arange(merged, device=ctx.device) * (len(rest) // merged)
-                contextual.append(rest[targets])
-                mixing.append((rest, contextual_weights(keys[rest], targets)))
-        values = ctx.features[torch.cat(dominant)]
-        if mixing:
-            values = torch.cat([values, project_mix(ctx, mixing)])
-        return Selection(torch.cat(dominant + contextual), values)
+        counts = equal_shares(ctx.item, k)
+        merged = [int(self.contextual * count + 0.5) for count in counts]
+        dominant = segmented_topk(scores, ctx.partition, [n - m for n, m in zip(counts, merged, strict=True)])
+        values = ctx.features[dominant]
+        if not any(merged):
+            return Selection(dominant, values)
+        taken = torch.zeros_like(ctx.partition).index_fill_(0, dominant, 1)
+        order = (2 * ctx.partition - taken).argsort(stable=True)  # by partition, the dominant ones in front
+        left = [
+            size - count + own if own else 0 for size, count, own in zip(ctx.item.shown, counts, merged, strict=True)
+        ]
+        places, strides, start, end = [], [], 0, len(ctx.separators)
+        for size, own, others in zip(ctx.item.shown, merged, left, strict=True):
+            end += size
+            places.append(torch.arange(end - others, end))
+            strides.append(start + torch.arange(own) * (others // max(own, 1)))
+            start += others
+        rest, targets = order[ctx.there(torch.cat(places))], ctx.there(torch.cat(strides))
+        owner = assign(keys, rest[targets], among=rest, sizes=left, shares=merged)
+        weights = contextual_weights(owner, targets)
+        mixed = project_mix(ctx, lambda hidden: assigned_merge(hidden, owner, weights, len(targets), among=rest))
+        return Selection(torch.cat([dominant, rest[targets]]), torch.cat([values, mixed]))
 
 
-def contextual_weights(keys: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def contextual_weights(owner: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """How the tokens left over make contextual ones: ``target + mean(tokens assigned to it)``, a sum of weight 2.
 
     Args:
-        keys: [m, d] keys of the tokens left over.
+        owner: [m] int64, which target each token is assigned to; targets to themselves.
         targets: [c] int64 positions of the targets among them.
 
     Returns:
-        [c, m] float32. A token is assigned to the target of the highest cosine; a target without any is itself alone.
+        [m] float32, the weight of each token in its target's sum. A target without others is itself alone.
     """
-    unit = normalize(keys.float(), dim=-1)
-    owner = (unit[targets] @ unit.T).argmax(0)
-    assigned = one_hot(owner, len(targets)).T.float().index_fill_(1, targets, 0.0)
-    weights = assigned / assigned.sum(1, keepdim=True).clamp_min(1.0)
-    return weights.index_put_((torch.arange(len(targets), device=targets.device), targets), weights.new_ones(()))
+    others = owner.new_zeros(len(targets)).scatter_add_(0, owner, torch.ones_like(owner)) - 1
+    return (1 / others.clamp_min(1))[owner].index_fill_(0, targets, 1.0)

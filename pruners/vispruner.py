@@ -69,7 +69,7 @@ class VisPruner(Pruner):
             groups, counts = [item.candidates], [k]
         chosen = []
         for group, count in zip(groups, counts, strict=True):
-            tokens = group.to(ctx.device)
+            tokens = ctx.there(group)
             ranked = tokens[scores[tokens].argsort(descending=True, stable=True)]
             important, rest = ranked.split([n := int(count * self.important_ratio), len(ranked) - n])
             chosen += [important, rest[distinct(ctx.hidden[rest], count - n, self.step)]]

@@ -18,6 +18,24 @@ try:
 except ImportError:  # Triton has no wheels for macOS and for some Linux machines; references run without it
     triton = tl = None
 
+__all__ = [
+    "FLOATS",
+    "Config",
+    "Kernel",
+    "Launch",
+    "blocks",
+    "device_function",
+    "kernel",
+    "power_of_two",
+    "recorded",
+    "require_dtype",
+    "require_int32",
+    "require_rows",
+    "require_same_device",
+    "require_shape",
+    "tl",
+]
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 2**31 - 1
 """Sizes and counts are 32-bit in the kernels; addresses are 64-bit."""

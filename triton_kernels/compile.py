@@ -14,9 +14,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ OPERATIONS = (
     "attention_rows",
     "compact",
     "greedy_diversity",
+    "nearest",
     "quota",
     "received_attention",
     "segmented_topk",
@@ -76,18 +78,18 @@ class Compiled:
     tensor_cores: bool
 
 
-def launches(operation: str) -> Iterator[Launch]:
+@lru_cache
+def launches(operation: str) -> list[Launch]:
     """Every distinct launch that an operation's specimens make."""
     module = importlib.import_module(f"{__package__}.{operation}")
-    seen = set()
+    distinct: dict[Any, Launch] = {}
     for _, call in module.specimens():
         with recorded() as found:
             call()
         for launch in found:
             key = (launch.kernel.name, str(_signature(launch)), launch.config.warps, launch.config.stages)
-            if key not in seen:
-                seen.add(key)
-                yield launch
+            distinct.setdefault(key, launch)
+    return list(distinct.values())
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[str]]:
@@ -173,7 +175,7 @@ def _inspected(binary: bytes) -> tuple[dict[str, int], str]:
 
 
 def _compiled(operation: str, index: int, target: int) -> Compiled:
-    return compiled(operation, list(launches(operation))[index], target)
+    return compiled(operation, launches(operation)[index], target)
 
 
 def main() -> None:
@@ -187,11 +189,12 @@ def main() -> None:
     wanted = [
         (operation, index, target)
         for operation in arguments.operations
-        for index in range(len(list(launches(operation))))
+        for index in range(len(launches(operation)))
         for target in arguments.targets
     ]
     found = []
-    with ProcessPoolExecutor(arguments.jobs) as pool:
+    # Not forked: torch has threads by now, whose locks a fork would inherit.
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         for one in pool.map(_compiled, *zip(*wanted, strict=True)):
             found.append(one)
             print(

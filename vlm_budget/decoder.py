@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from .errors import OptionError, PatchError
+from .ops import attention_rows, runs_kernel
 from .pruner import Positions, Pruner, Selection
 
 if TYPE_CHECKING:
     from .layout import VisualItem
+    from .triton_kernels.attention_rows import Reduce
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,19 @@ class Captured:
             seen = self.visible[rows]
         return logits.masked_fill(~seen, float("-inf"))
 
-    def attention(self, rows: torch.Tensor) -> torch.Tensor:
-        """[H, r, S] float32 softmax rows of chosen queries."""
-        return self.logits(rows).softmax(-1)
+    def attention(self, rows: torch.Tensor, reduce: Reduce = "none") -> torch.Tensor:
+        """[H, r, S] float32 softmax rows of chosen queries; [r, S] where heads are reduced.
+
+        Args:
+            rows: [r] int64 columns of the queries.
+            reduce: What to do with heads, as for :func:`vlm_budget.ops.attention_rows`.
+        """
+        query, key = self.query[None, :, rows], self.key[None]
+        if self.visible is None:
+            found = attention_rows(query, key, self.scaling, stop=rows[None] + 1, reduce=reduce)
+        else:
+            found = attention_rows(query, key, self.scaling, mask=self.visible[rows][None, None], reduce=reduce)
+        return found[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +99,7 @@ class DecoderContext:
         norm: The language model's final norm, for methods that compare normalised states.
         captured: Queries and keys of the layer the method asked for, None for ``scores="none"``.
         device: Where all of this lives.
+        behind: How many of ``instruction`` stand behind the last visual token, 0 where none does; None if unknown.
     """
 
     item: VisualItem
@@ -102,16 +115,21 @@ class DecoderContext:
     norm: Callable[[torch.Tensor], torch.Tensor]
     captured: Captured | None
     device: torch.device
+    behind: int | None = None
 
     @property
     def last(self) -> torch.Tensor:
         """[1] int64, the last column: the token whose prediction comes next."""
-        return torch.tensor([self.hidden.shape[0] - 1], device=self.device)
+        return torch.full((1,), self.hidden.shape[0] - 1, dtype=torch.long, device=self.device)
 
     @property
     def readers(self) -> torch.Tensor:
         """Int64 columns of the text that has seen all visual tokens; the last column where no text is behind them."""
-        behind = self.instruction[self.instruction > self.visual[-1]]
+        if self.behind is not None:
+            return self.instruction if self.behind else self.last
+        if len(self.instruction) < len(self.text):  # then it is not all text, but what stands behind
+            return self.instruction
+        behind = self.instruction[self.instruction > self.visual[-1]]  # the host waits for the device
         return behind if len(behind) else self.last
 
     def attention(self, rows: torch.Tensor) -> torch.Tensor:
@@ -125,9 +143,13 @@ _ROWS = 64  # attention rows held at a time: [H, 64, S] float32
 
 def received_from(ctx: DecoderContext, rows: torch.Tensor) -> torch.Tensor:
     """[m] float32: the attention each candidate gets from the queries at ``rows``, mean over heads and queries."""
-    sums = [ctx.attention(part).sum((0, 1)) for part in rows.split(_ROWS)]
-    assert ctx.captured is not None
-    return torch.stack(sums).sum(0) / (len(rows) * len(ctx.captured.query))
+    seen = ctx.captured
+    assert seen is not None, "the method asked for no scores"
+    if runs_kernel(seen.query, seen.key):
+        total = seen.attention(rows, "sum").sum(0)[ctx.columns]
+    else:
+        total = torch.stack([ctx.attention(part).sum((0, 1)) for part in rows.split(_ROWS)]).sum(0)
+    return total / (len(rows) * len(seen.query))
 
 
 def most_attended(ctx: DecoderContext, rows: torch.Tensor, k: int) -> torch.Tensor:

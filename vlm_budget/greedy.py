@@ -1,63 +1,25 @@
 """Greedy set selection: max-min diversity, determinantal point processes and maximum coverage.
 
 Each is one Python loop over the tokens kept; a step is a few tensor operations over all candidates and, but for
-:func:`max_coverage`, never makes the host wait. Equal gains go to the lower index on every device.
+:func:`max_coverage`, never makes the host wait. On CUDA the first two are kernels (:mod:`vlm_budget.ops`). Equal gains
+go to the lower index on every device.
 """
 
 from __future__ import annotations
 
 import torch
 
-WHOLE_UP_TO = 2**27
-"""Similarities that :class:`CosineRows` keeps at once (512 MiB in float32, 11,585 tokens)."""
-
-EXHAUSTED = 1e-5
-"""Share of a token's length outside the span of the chosen ones that is no more than rounding."""
-
-
-def unit_rows(features: torch.Tensor) -> torch.Tensor:
-    """Rows of length one, in float32 or wider; zeros stay zeros, and so do rows that hold no finite numbers."""
-    wide = features.to(torch.promote_types(features.dtype, torch.float32))
-    return torch.nn.functional.normalize(wide, dim=-1).nan_to_num(0.0)
-
-
-class CosineRows:
-    """The cosine similarities of n tokens, row by row: kept whole where they fit, else made when asked for.
-
-    Args:
-        features: [n, C].
-        whole_up_to: The most similarities to keep.
-    """
-
-    def __init__(self, features: torch.Tensor, whole_up_to: int = WHOLE_UP_TO) -> None:
-        self.unit = unit_rows(features)
-        self.size = len(self.unit)
-        self.whole = self.unit @ self.unit.T if self.size**2 <= whole_up_to else None
-        self._chunk = max(1, whole_up_to // max(self.size, 1))
-
-    def row(self, index: torch.Tensor) -> torch.Tensor:
-        """[1, n] similarities of the token at ``index`` ([1] int64) to all."""
-        if self.whole is not None:
-            return self.whole.index_select(0, index)
-        return self.unit.index_select(0, index) @ self.unit.T
-
-    def nearest(self) -> torch.Tensor:
-        """[n] distance ``1 - cos`` of every token to the nearest other one; infinite for an only token."""
-        found = []
-        for start in range(0, self.size, self._chunk):
-            stop = min(start + self._chunk, self.size)
-            rows = (self.unit[start:stop] @ self.unit.T if self.whole is None else self.whole[start:stop]).clone()
-            rows.diagonal(start).fill_(float("-inf"))
-            found.append(1 - rows.amax(1))
-        return torch.cat(found)
+from .ops import greedy_diversity, greedy_dpp
+from .ops.greedy_diversity import chooses_by_kernel
+from .triton_kernels._cosines import CosineRows as CosineRows
+from .triton_kernels._cosines import unit_rows as unit_rows
+from .triton_kernels.greedy_diversity import max_min_reference
+from .triton_kernels.greedy_dpp import map_dpp_reference
 
 
 @torch.no_grad()
 def max_min(rows: CosineRows, k: int) -> torch.Tensor:
-    """Tokens far apart: each next one is the farthest from its nearest chosen one.
-
-    The first is the token whose nearest neighbour is farthest. A running minimum makes a step O(n), O(n C) where rows
-    are not kept.
+    """Tokens far apart by cosine: :func:`vlm_budget.ops.greedy_diversity`, with similarities that others use, too.
 
     Args:
         rows: Similarities; the distance is ``1 - cos``.
@@ -66,25 +28,12 @@ def max_min(rows: CosineRows, k: int) -> torch.Tensor:
     Returns:
         [k] int64 indices in the order of choice.
     """
-    distance = rows.nearest()[None]
-    chosen = torch.empty(1, k, dtype=torch.long, device=distance.device)
-    for step in range(k):
-        index = torch.argmax(distance, 1, keepdim=True, out=chosen[:, step : step + 1])[0]
-        found = 1 - rows.row(index)
-        distance = torch.minimum(distance, found, out=distance) if step else found
-        distance.index_fill_(1, index, float("-inf"))
-    return chosen[0]
+    return greedy_diversity(rows.features, k) if _by_kernel(rows) else max_min_reference(rows, k)
 
 
 @torch.no_grad()
 def map_dpp(rows: CosineRows, log_quality: torch.Tensor, k: int) -> torch.Tensor:
-    """Greedy MAP of a determinantal point process with the kernel ``diag(q) S diag(q)``.
-
-    *Fast Greedy MAP Inference for Determinantal Point Process to Improve Recommendation Diversity*, arXiv 1709.05135
-    (NeurIPS 2018): each step adds the token that raises the determinant most, and one row to an incremental Cholesky
-    factor, O(n) for every token chosen so far. The factor here is that of S; a token's gain is its squared quality
-    times what is left of its squared length. Tokens without gain (duplicates of chosen ones, tokens beyond the rank,
-    zero quality) follow when nothing else is left, by quality.
+    """A determinantal point process: :func:`vlm_budget.ops.greedy_dpp`, with similarities that others use, too.
 
     Args:
         rows: Similarities S.
@@ -94,29 +43,11 @@ def map_dpp(rows: CosineRows, log_quality: torch.Tensor, k: int) -> torch.Tensor
     Returns:
         [k] int64 indices in the order of choice.
     """
-    level = 2 * log_quality.to(rows.unit)[None]
-    left = (rows.unit.ne(0).any(1)[None] & level.isfinite()).to(level)  # exactly one, so that equal tokens tie
-    last = _below_everything(log_quality).to(level)[None]
-    chosen = torch.empty(1, k, dtype=torch.long, device=left.device)
-    factor = left.new_empty(k, rows.size)
-    for step in range(k):
-        gain = torch.where(left > EXHAUSTED, left.log().add_(level), last)
-        index = torch.argmax(gain, 1, keepdim=True, out=chosen[:, step : step + 1])[0]
-        own = left.index_select(1, index)
-        scale = torch.where(own > EXHAUSTED, own.rsqrt(), 0.0)
-        above = factor[:step]
-        row = torch.addmm(rows.row(index), above.index_select(1, index).T, above, alpha=-1)
-        found = torch.mul(row, scale, out=factor[step : step + 1])
-        left.addcmul_(found, found, value=-1).index_fill_(1, index, 0.0)
-        last.index_fill_(1, index, float("-inf"))
-    return chosen[0]
+    return greedy_dpp(rows.features, log_quality, k) if _by_kernel(rows) else map_dpp_reference(rows, log_quality, k)
 
 
-def _below_everything(scores: torch.Tensor) -> torch.Tensor:
-    """[n] numbers in the order of ``scores``, ties to the lower index, all lower than any logarithm."""
-    order = scores.argsort(descending=True, stable=True)
-    places = torch.arange(-1, -len(scores) - 1, -1, dtype=torch.float32, device=scores.device)
-    return torch.empty_like(places).scatter_(0, order, places * 1e30)
+def _by_kernel(rows: CosineRows) -> bool:
+    return rows.fits and chooses_by_kernel(rows.features[None])
 
 
 @torch.no_grad()

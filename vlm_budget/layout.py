@@ -5,13 +5,14 @@ each a grid of tokens over a region of the source: the thumbnail and the crops o
 a tiled one, the frames of a video. The layout is computed by the family from the processor's inputs alone, by the
 model's own packing code, so row ends, unpadding and tile order are exact.
 
-The torch import is for annotations only: layouts hold tensors, but this module computes none.
+The torch import is for annotations only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -69,15 +70,27 @@ class VisualItem:
         """Number of tokens, separators included."""
         return int(self.partition.shape[0])
 
-    @property
+    @cached_property
     def candidates(self) -> torch.Tensor:
         """[m] int64, positions in the item of the tokens that show something: no separators, no padding."""
         return (self.partition >= 0).nonzero().flatten()
 
-    @property
+    @cached_property
     def separators(self) -> torch.Tensor:
         """[n - m] int64, positions in the item of the separator (newline) tokens."""
         return (self.partition < 0).nonzero().flatten()
+
+    @cached_property
+    def place(self) -> torch.Tensor:
+        """[n] int64, the place of every token among those of all grids, grid after grid; any for separators."""
+        starts = self.partition.new_tensor([0, *(grid.rows * grid.cols for grid in self.partitions)]).cumsum(0)
+        return (starts[self.partition] + self.patch).clamp_min(0)
+
+    @cached_property
+    def shown(self) -> list[int]:
+        """Candidates of every partition."""
+        counts: list[int] = self.partition[self.candidates].bincount(minlength=len(self.partitions)).tolist()
+        return counts
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,8 @@ class PatchHandle:
 
         Raises:
             PatchError: Another thread is inside the patched language model; wait for it.
+            SelectionError: The patch is gone, and the last prompts did not keep what their method promised (found this
+                late on CUDA devices only, which are not waited for).
         """
         if self._undo and self._boundary.running.others():
             raise PatchError(
@@ -99,6 +101,7 @@ class PatchHandle:
             )
         while self._undo:
             self._undo.pop()()
+        self._boundary.settle()
 
     def report(self) -> Report:
         """What the model did with its last prompt.

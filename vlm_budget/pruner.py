@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -94,24 +95,39 @@ class Context:
     text: torch.Tensor | None = None
     text_ids: torch.Tensor | None = None
 
+    @cached_property
+    def candidates(self) -> torch.Tensor:
+        """[m] int64 on ``device``, the item's candidates."""
+        return self.there(self.item.candidates)
+
+    @cached_property
+    def separators(self) -> torch.Tensor:
+        """[n - m] int64 on ``device``, the item's separators."""
+        return self.there(self.item.separators)
+
+    @cached_property
+    def partition(self) -> torch.Tensor:
+        """[n] int64 on ``device``, the partition of every token; -1 for separators."""
+        return self.there(self.item.partition)
+
+    def there(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the host on ``device``; the host does not wait for the copy."""
+        return tensor.to(self.device, non_blocking=True)
+
     def in_token_order(self, need: Attention) -> torch.Tensor:
         """[n] or [n, C] float32 of a need, partition by partition brought into token order; zeros for separators."""
         flat = torch.cat(list(self.attention[need]))
         rows, separator = self._rows(flat.device)
         return flat[rows] * ~separator.reshape(-1, *[1] * (flat.ndim - 1))
 
-    def _rows(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        partition = self.item.partition
-        sizes = [0, *(grid.rows * grid.cols for grid in self.item.partitions)]
-        starts = torch.tensor(sizes, device=partition.device).cumsum(0)
-        rows = (starts[partition] + self.item.patch).clamp_min(0)
-        return rows.to(device), (partition < 0).to(device)
-
     def token_scores(self, need: Attention) -> torch.Tensor:
         """[n] float32 scores in token order; ``-inf`` for separators."""
         flat = torch.cat(list(self.attention[need]))
         rows, separator = self._rows(flat.device)
         return flat[rows].masked_fill(separator, float("-inf"))
+
+    def _rows(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.item.place.to(device, non_blocking=True), self.partition.to(device) < 0
 
 
 @dataclass(frozen=True)
@@ -159,7 +175,8 @@ class Pruner:
             Models with M-RoPE always use the original positions.
         newline: What happens to row separators, which count towards the budget when kept. ``"drop"`` keeps them only
             when the budget exceeds the number of patch tokens; ``"keep_all"`` reserves room for every one;
-            ``"keep_used_rows"`` for those of the rows that keep a patch.
+            ``"keep_used_rows"`` for those of the rows that keep a patch, for which the host waits for the device a few
+            times per item.
         merge: A :class:`Merge` that moves what the dropped tokens say into the kept ones, or None to let it go.
     """
 
@@ -229,7 +246,7 @@ class Pruner:
             SelectionError: :meth:`pick` broke its promise.
         """
         item = ctx.item
-        separators = item.separators.to(ctx.device)
+        separators = ctx.separators
         available = item.size - len(separators)
         if self.newline == "drop" or not len(separators):
             patches = min(k, available)
@@ -245,7 +262,7 @@ class Pruner:
         return self._select_used_rows(ctx, separators, k, available)
 
     def _select_used_rows(self, ctx: Context, separators: torch.Tensor, k: int, available: int) -> Selection:
-        line = ctx.item.line.to(ctx.device)
+        line = ctx.there(ctx.item.line)
         # The most patches whose rows' separators still fit, by bisection: exact for methods whose smaller choice is
         # part of the larger one, close for others. What is left over goes to the separators of unused rows.
         low, high = max(1, k - len(separators)), min(k, available)  # with ``low``, room is left for every separator
@@ -269,7 +286,7 @@ class Pruner:
         selection = picked if isinstance(picked, Selection) else Selection(picked)
         if fault := _broken_promise(selection, ctx, k):
             raise SelectionError(f"{self} promised {k} distinct patch tokens, and returned {fault}")
-        keep = selection.keep.to(ctx.device)
+        keep = ctx.there(selection.keep)
         order = keep.argsort()
         values = None if selection.values is None else selection.values[order]
         if self.merge is not None and values is None:

@@ -60,12 +60,13 @@ def test_taking_columns_equals_indexing_row_by_row(right_padded: bool, trailing:
 
 
 @PADDINGS
-@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
-def test_taking_last_columns_equals_indexing_row_by_row(right_padded: bool, leading: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("leading", [(), (3,), (4,)])
+def test_taking_positions_equals_indexing_row_by_row(right_padded: bool, leading: tuple[int, ...]) -> None:
     for plan, keep in plans(right_padded):
-        positions = torch.randint(9999, (*leading, *keep.shape))
-        taken = plan.take_last(positions)
-        assert taken.shape == (*leading, len(keep), plan.slots)
+        positions = torch.randint(1, 9999, (*leading, *keep.shape))
+        taken = plan.take_all(torch.zeros(*keep.shape, 1), positions).positions
+        assert taken is not None and taken.shape == (*leading, len(keep), plan.slots)
+        assert not taken[..., ~plan.valid].any()
         for row in range(len(keep)):
             assert torch.equal(taken[..., row, :][..., plan.valid[row]], positions[..., row, :][..., keep[row]])
 

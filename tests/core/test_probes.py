@@ -27,7 +27,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlm_budget import PatchError
-from vlm_budget.engine.probes import AttentionSink, ProbeConfig, RowKind, attach, attention_rows
+from vlm_budget.engine.probes import AttentionSink, ProbeConfig, RowKind, attach
+from vlm_budget.ops import attention_rows
 
 KINDS: tuple[RowKind, ...] = ("cls", "last", "received")
 BACKENDS = ["sdpa", "eager", "flash_attention_2", "flex_attention"]
@@ -347,7 +348,7 @@ def test_received_attention_does_not_depend_on_the_chunk(length: int, chunk: int
         chunk = 5  # 577 chunks say nothing that 116 do not
     query, key = torch.randn(2, 4, length, 8), torch.randn(2, 2, length, 8)
     rows = recorded(("received",), chunk, query, key, None, 0.5, None, False)["received"]
-    wanted = attention_rows(query, key, 0.5).mean((1, 2))
+    wanted = attention_rows(query, key, 0.5).mean(1)
     torch.testing.assert_close(rows, wanted, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(rows.sum(-1), torch.ones(2))
 
@@ -381,6 +382,6 @@ def test_every_form_of_the_same_mask_gives_the_same_rows() -> None:
 
 def test_a_query_that_may_see_nothing_gives_a_row_of_zeros() -> None:
     mask = torch.tensor([[[[True, False, True]]], [[[False, False, False]]]])
-    rows = attention_rows(torch.randn(2, 4, 1, 8), torch.randn(2, 4, 3, 8), 0.5, mask)
+    rows = attention_rows(torch.randn(2, 4, 1, 8), torch.randn(2, 4, 3, 8), 0.5, mask=mask, reduce="none")
     assert (rows[1] == 0).all() and rows[0, :, :, 1].eq(0).all()
     torch.testing.assert_close(rows[0].sum(-1), torch.ones(4, 1))

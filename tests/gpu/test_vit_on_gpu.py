@@ -9,6 +9,7 @@ import vlm_budget
 
 pytest.importorskip("timm", reason="the models under test are timm's")
 from tiny_vit import images, tiny_vit
+from vlm_budget.eval.device import count_waits
 
 pytestmark = pytest.mark.gpu
 METHODS = ("tome", "token_transforming")
@@ -39,3 +40,13 @@ def test_every_dtype_runs_and_everything_kept_is_bit_identical(method: str, dtyp
         assert handle.report().kept_tokens == 25
         twin = copy.deepcopy(model)  # the account holds device events, which a copy must not try to take along
         assert twin(pixels).isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reducing_does_not_wait_for_the_device(method: str) -> None:
+    model = tiny_vit(7).cuda()
+    pixels = images(model).cuda()
+    with torch.no_grad(), vlm_budget.patch(model, method, ratio=0.5):
+        model(pixels)  # kernels are compiled in the first, which waits
+        found = count_waits(lambda: model(pixels))
+    assert found["total"] == 0, found["places"]

@@ -64,7 +64,7 @@ def test_quotas_are_exact_and_within_what_each_partition_shows(
     attention = make.random_attention(pruner, item, levels=levels)
     valid = make.per_partition(item, item.candidates)
     k = data.draw(st.integers(1, sum(valid)))
-    quotas = pruner.quotas(item.partitions, valid, attention[CONTENT], k)
+    quotas = pruner.quotas(item.partitions, valid, attention[CONTENT], k).tolist()
     assert sum(quotas) == k
     assert all(0 <= quota <= most for quota, most in zip(quotas, valid, strict=True))
     assert make.per_partition(item, pruner.pick(make.context(item, attention), k)) == quotas
@@ -156,14 +156,14 @@ def test_mass_weighs_attention_and_count_counts_patches() -> None:
 def test_by_default_count_takes_what_alpha_leaves_of_the_patches(alpha: float, hits: int) -> None:
     content = torch.arange(16, 0, -1.0)  # patches in order of attention, the first 8 of them in the upper crop
     pruner = HiRED(alpha=alpha, content="count")
-    quotas = pruner.quotas(make.anyres(2, 1, side=4).partitions, [0, 16, 16], [content], 16)
+    quotas = pruner.quotas(make.anyres(2, 1, side=4).partitions, [0, 16, 16], [content], 16).tolist()
     assert quotas == [0, round(16 * min(hits, 8) / hits), round(16 * max(hits - 8, 0) / hits)]
 
 
 def test_tied_hits_are_counted_from_the_first() -> None:
     even = torch.ones(16)
     partitions = make.anyres(2, 1, side=4).partitions
-    assert HiRED(content="count", count_top=8).quotas(partitions, [0, 16, 16], [even], 16) == [0, 16, 0]
+    assert HiRED(content="count", count_top=8).quotas(partitions, [0, 16, 16], [even], 16).tolist() == [0, 16, 0]
 
 
 # --- which crop a thumbnail patch belongs to ------------------------------------------------------------------------

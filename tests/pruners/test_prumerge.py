@@ -74,6 +74,16 @@ def test_a_grid_is_merged_by_the_formula(rows: int, cols: int, neighbours: int) 
         check(ctx, PruMergePlus(neighbours=neighbours, attended=0.6), k, [k], 0.6)
 
 
+def test_neighbours_that_tie_are_taken_in_order() -> None:
+    keys = torch.eye(4)[[0, 1, 2, 1, 3, 1]]  # all others are equally far from the first
+    scores = torch.tensor([9.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    ctx = make.context(make.single(1, 6), {SCORES: [scores], KEYS: [keys]})
+    assert ctx.hidden is not None
+    value = PruMerge(neighbours=3).select(ctx, 1).values
+    want = ctx.hidden[0] + (scores[1:4, None] * ctx.hidden[1:4]).sum(0)
+    torch.testing.assert_close(value, make.signed_square(want)[None])
+
+
 @BOTH
 def test_partitions_are_merged_each_on_its_own_in_proportion_to_their_tokens(cls: type[PruMerge]) -> None:
     attended = 0.25 if cls is PruMergePlus else 1.0

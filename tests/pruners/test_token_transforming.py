@@ -8,16 +8,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import one_hot
 
 import synthetic_items as make
 from vlm_budget import PatchError, Pruner, list_methods
 from vlm_budget.errors import OptionError
 from vlm_budget.layout import VisualItem
+from vlm_budget.ops import assign
 from vlm_budget.pruner import Attention, Context
 from vlm_budget.pruners.cls_topk import ClsTopK
 from vlm_budget.pruners.hired import HiRED
 from vlm_budget.pruners.token_transforming import TokenTransforming, project_mix, transform_matrix
-from vlm_budget.pruners.visionzip import contextual_weights
 from vlm_budget.registry import MERGES, PRUNERS
 
 KEYS = Attention(22, "keys")
@@ -108,8 +109,8 @@ def test_exclusive_is_classic_merging(tokens: int, count: int) -> None:
         want[row, group] = 1 / len(group)
     found = transform_matrix(keys, anchors, exclusive=True)
     torch.testing.assert_close(found, want)
-    # VisionZip's contextual tokens have the same members, and sum instead of averaging.
-    assert torch.equal(found > 0, contextual_weights(keys, anchors) > 0)
+    # What is built without the matrix has the same members; VisionZip's contextual tokens sum them, and not average.
+    assert torch.equal(found > 0, one_hot(assign(keys, anchors), count).T > 0)
 
 
 def test_an_anchor_keeps_itself_when_another_has_the_same_key() -> None:
@@ -159,6 +160,42 @@ def test_tokens_are_mixed_before_the_projector() -> None:
     assert ctx.hidden is not None and selection.values is not None
     want = make.signed_square(weights @ ctx.hidden[candidates])
     torch.testing.assert_close(selection.values, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top": 1},
+        {"top": 2, "self_weight": 0.4},
+        {"top": 500},
+        {"top": 80},
+        {"top": None, "self_weight": 0.3},
+        {"exclusive": True},
+        {"exclusive": True, "self_weight": 0.3},
+    ],
+    ids=str,
+)
+def test_what_is_mixed_without_the_matrix_is_what_the_matrix_mixes(options: dict[str, Any]) -> None:
+    merge = TokenTransforming(temperature=0.2, **options)
+    ctx = merging_context(ClsTopK(merge=merge), make.anyres(1, 2, side=7, pad=(0, 2)))
+    candidates, keys = ctx.item.candidates, ctx.in_token_order(KEYS)
+    for count in (1, 33, len(candidates)):
+        places = torch.randperm(len(candidates))[:count].sort().values
+        matrix = transform_matrix(keys[candidates], places, temperature=0.2, **options)
+        assert ctx.hidden is not None
+        want = make.signed_square(matrix @ ctx.hidden[candidates])
+        torch.testing.assert_close(merge.merge(ctx, candidates[places]), want, atol=1e-6, rtol=1e-5)
+
+
+def test_two_that_tie_for_the_last_place_both_stay() -> None:
+    keys = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8], [0.0, 1.0]])
+    ctx = make.context(make.single(2), {Attention(22, "cls"): [torch.arange(4.0)], KEYS: [keys]})
+    assert ctx.hidden is not None
+    merged = TokenTransforming(temperature=0.5, top=2).merge(ctx, torch.tensor([0]))
+    matrix = transform_matrix(keys, torch.tensor([0]), temperature=0.5, top=2)
+    assert (matrix > 0).tolist() == [[True, True, True, False]]
+    torch.testing.assert_close(merged, make.signed_square(matrix @ ctx.hidden))
 
 
 def test_partitions_share_one_matrix() -> None:
@@ -211,7 +248,7 @@ def test_keys_come_from_the_layer_the_language_model_reads() -> None:
 def test_without_the_projectors_inputs_it_says_so() -> None:
     ctx = replace(make.context(make.single(3)), hidden=None)
     with pytest.raises(PatchError, match="Context.hidden"):
-        project_mix(ctx, [(torch.arange(9), torch.ones(1, 9))])
+        project_mix(ctx, lambda hidden: hidden)
 
 
 def test_it_is_registered_and_its_text_builds_an_equal_one() -> None:

@@ -16,6 +16,7 @@ from ..plan import Plan
 from ..report import KeptItem, Report
 from .cache import cache_state
 from .clock import Interval, total_ms
+from .promises import Promises
 from .run import DropRun
 
 STAGES = ("encode", "probe", "select", "compact", "prefill", "drop", "decode", "translate")
@@ -34,6 +35,7 @@ class Account:
         steps: Per decoder layer at which tokens were dropped, per prompt, per item, the positions left.
         stages: Measured intervals per stage.
         kv: Bytes that the prompt takes in the cache, and those it would take unpruned.
+        promises: What the methods are held to.
     """
 
     plan: Plan | None = None
@@ -44,6 +46,7 @@ class Account:
     steps: dict[int, list[list[torch.Tensor]]] = field(default_factory=dict)
     stages: dict[str, list[Interval]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
     kv: tuple[int, int] = (0, 0)
+    promises: Promises = field(default_factory=Promises)
 
     def note_cache(self, cache: Any, virtual: int) -> None:
         """Remember the cache's size after the prompt, ``virtual`` columns long in the caller's eyes."""
@@ -58,7 +61,12 @@ class Account:
             self.steps[layer] = [[item.alive for item in prompt.items] for prompt in prompts]
 
     def kept(self) -> tuple[KeptItem, ...]:
-        """Kept positions per item, in plan order. Reads the selection off the device."""
+        """Kept positions per item, in plan order. Reads the selection off the device.
+
+        Raises:
+            SelectionError: A method broke its promise.
+        """
+        self.promises.settle(wait=True)
         found: list[KeptItem] = []
         flags = {modality: table.cpu() for modality, table in self.keep.items()}
         for row, items in enumerate(self.layout.rows if self.layout else ()):
@@ -79,7 +87,11 @@ class Account:
             budget: What each prompt could spend, or in words what decided instead.
             positions: The position ids in use.
             cost: Prices of the model.
+
+        Raises:
+            SelectionError: A method broke its promise.
         """
+        self.promises.settle(wait=True)
         bare = self._bare_report(method, str(budget), positions)
         if self.plan is None or self.layout is None or self.text is None or not self.plan.items:
             return bare

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ..ops import Compacted
 from .cache import CacheState
 from .compact import Compaction
 
@@ -39,15 +41,20 @@ def renumber_cache_position(kwargs: dict[str, Any], start: int, count: int, devi
         kwargs["cache_position"] = torch.arange(start, start + count, device=device)
 
 
-def shorten_deepstack(kwargs: dict[str, Any], compaction: Compaction) -> None:
-    """Qwen3-VL adds one feature per visual token to the first layers: drop those of dropped tokens."""
-    mask = kwargs.get("visual_pos_masks")
+def deepstack_inputs(kwargs: Mapping[str, Any], device: torch.device) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """What Qwen3-VL adds to the first layers: [B, L] bool visual columns, and per layer a feature for each of them."""
+    mask, levels = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
     if not isinstance(mask, torch.Tensor):
-        return
-    kept = compaction.keep.to(mask.device)[mask]
-    if kwargs.get("deepstack_visual_embeds") is not None:
-        kwargs["deepstack_visual_embeds"] = [e[kept.to(e.device)] for e in kwargs["deepstack_visual_embeds"]]
-    kwargs["visual_pos_masks"] = compaction.take(mask) & compaction.valid.to(mask.device)
+        return None, []
+    return mask.to(device), [] if levels is None else [level.to(device) for level in levels]
+
+
+def shorten_deepstack(kwargs: dict[str, Any], taken: Compacted) -> None:
+    """Put in the visual slots and the features of kept tokens, where there are any."""
+    if taken.visual is not None:
+        kwargs["visual_pos_masks"] = taken.visual
+    if taken.deepstack:
+        kwargs["deepstack_visual_embeds"] = taken.deepstack
 
 
 def grow_output(output: Any, compaction: Compaction) -> None:

@@ -9,7 +9,7 @@ Everything a call has to remember is thread-local, so one patched model serves c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,21 +33,12 @@ from .local import CallLocal, RunningThreads
 from .masks import is_square
 from .observe import AttachedInput, Observer, bound_arguments
 from .probes import AttachedProbe
-from .prompts import Prompts, Rows, prompt_tokens
+from .promises import Promises
+from .prompts import CallShape, Prompts, Rows, placeholders, prompt_tokens
+from .reading import read_call
 from .run import DropRun, Entered
 from .selection import tie_observation, tied_observations
-from .shorten import LanguageCall, kept_columns
-
-
-@dataclass(frozen=True, eq=False)
-class Pending:
-    """What the language model's post-hook needs from its pre-hook."""
-
-    interval: Interval
-    prompt: bool
-    state: CacheState | None = None
-    compaction: Compaction | None = None
-    earlier: CacheState | None = None
+from .shorten import LanguageCall, Pending, kept_columns
 
 
 class Boundary:
@@ -118,15 +109,18 @@ class Boundary:
         """Around ``generate``: remember the prompts, which chunked prefill never shows as a whole."""
         local = self._local
         earlier = getattr(local, "generating", None)
-        local.generating = Prompts.of_generate(args, kwargs, _length(kwargs.get("past_key_values")))
+        prompts = Prompts.of_generate(args, kwargs, _length(kwargs.get("past_key_values")))
+        local.generating = self._read(prompts, kwargs)
         # Features given here lose their ties when generate cuts them into chunks.
         local.latest, local.selection = tied_observations(kwargs), None
         self._open_account()
         try:
-            return call(*args, **kwargs)
+            output = call(*args, **kwargs)
+            self._account().promises.settle()
+            return output
         finally:
             local.generating = earlier
-            local.latest, local.selection = {}, None
+            local.latest, local.selection, local.known = {}, None, ()
 
     def watch_image_encoder(self, call: Any, args: Any, kwargs: Any) -> Any:
         """Around ``get_image_features``."""
@@ -143,7 +137,7 @@ class Boundary:
         interval = Interval(self._device)
         local.encoding = True
         try:
-            output, seen = self.observer.observe(modality, call, args, kwargs)
+            output, seen = self.observer.observe(modality, call, args, kwargs, getattr(local, "known", ()))
         finally:
             local.encoding = False
         local.latest = {**getattr(local, "latest", {}), modality: seen}
@@ -164,24 +158,30 @@ class Boundary:
         if args:
             kwargs = bound_arguments(module.forward, args, kwargs)
         local.visual, local.outer_mask = {}, kwargs.get("attention_mask")
-        cached, tied = _length(kwargs.get("past_key_values")), tied_observations(kwargs)
+        cache, tied = kwargs.get("past_key_values"), tied_observations(kwargs)
+        cached = _length(cache)
+        local.counted = (cache, cached)
         if self._generating is None:
             local.latest = {}
             if cached == 0:
                 self._open_account()
         local.latest = {**local.latest, **tied}
         local.given = Prompts.of_forward(kwargs, cached)
-        ids = kwargs.get("input_ids")
+        if self._generating is None:
+            local.given = self._read(local.given, kwargs)
+        elif self._generating.counts is None and self._generating.ids is not None:
+            local.generating = self._read(self._generating, kwargs)
+        tokens = self.family.token_ids(self.base.config)
         for modality in self.family.given_modalities(kwargs):
-            local.visual[modality] = self._placeholders(modality, ids, kwargs.get("inputs_embeds"))
+            local.visual[modality] = placeholders(tokens[modality], kwargs, self.base)
 
     @torch.compiler.disable
     def after_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forget this call, also after an exception."""
         local = self._local
-        local.visual, local.outer_mask, local.given = {}, None, None
+        local.visual, local.outer_mask, local.given, local.counted = {}, None, None, None
         if self._generating is None:
-            local.latest, local.selection = {}, None
+            local.latest, local.selection, local.known = {}, None, ()
 
     # --- language model --------------------------------------------------------------------------------------------
 
@@ -193,16 +193,18 @@ class Boundary:
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         if embeds is None:
             return None
+        if (account := getattr(local, "account", None)) is not None:
+            account.promises.settle()
         self.running.enter()
-        earlier = cache_state(cache)
-        visual = {modality: mask.to(embeds.device) for modality, mask in getattr(local, "visual", {}).items()}
-        known = self._selection(visual, cache, embeds) if visual else None
-        prompt = self._is_prompt(cache, visual)
+        earlier, past = cache_state(cache), self._cached(cache)
+        visual = {m: mask.to(embeds.device, non_blocking=True) for m, mask in getattr(local, "visual", {}).items()}
+        known = self._selection(visual, past, embeds) if visual else None
+        prompt, length = self._is_prompt(past, visual), past + embeds.shape[1]
         if (known is None or known.keeps_all) and earlier is None:
-            local.pending = Pending(Interval(embeds.device), prompt)
+            local.pending = Pending(Interval(embeds.device), prompt, length)
             return None
         interval = Interval(embeds.device)
-        call = LanguageCall.read(kwargs, getattr(local, "outer_mask", None), _length(cache), earlier)
+        call = LanguageCall.read(kwargs, getattr(local, "outer_mask", None), past, earlier)
         state, compaction, rows = None, None, None
         if known is None:
             new = call.continued(self.packed)
@@ -210,7 +212,7 @@ class Boundary:
             new, state, compaction, rows = self._shorten(call, known, visual)
         self._enter_layers(call, new, known, visual, compaction, rows)
         self._account().stages["compact" if prompt else "translate"].append(interval.stop())
-        local.pending = Pending(Interval(embeds.device), prompt, state, compaction, earlier)
+        local.pending = Pending(Interval(embeds.device), prompt, length, state, compaction, earlier)
         if earlier is not None:
             set_cache_state(cache, replace(earlier, physical=True))
         return args, new
@@ -234,14 +236,14 @@ class Boundary:
         interval = Interval(output.last_hidden_state.device)
         state, compaction = pending.state, pending.compaction
         if run is not None:
-            run.finish(output)
+            run.finish(output, account.promises)
             account.note_drops(run)
             state = run.state(state, compaction) if state is not None and compaction is not None else None
         cache = getattr(output, "past_key_values", None)
         if cache is not None and state is not None:
             set_cache_state(cache, state)
         if cache is not None and pending.prompt:
-            account.note_cache(cache, _length(cache))
+            account.note_cache(cache, pending.length)
         if compaction is not None:
             grow_output(output, compaction)
             account.stages["compact" if pending.prompt else "translate"].append(interval.stop())
@@ -251,37 +253,20 @@ class Boundary:
         self, call: LanguageCall, known: Choice, visual: dict[Modality, torch.Tensor]
     ) -> tuple[dict[str, Any], CacheState, Compaction, Rows]:
         """The language model's arguments in physical columns, what its cache will hold, and how it was done."""
-        extra, columns = 0, None
+        prompts, (batch, length) = self._prompts, call.embeds.shape[:2]
         if known.drops_inside:
             assert self.dropper is not None, "the plan was checked"
             self.dropper.require_droppable(call.cache)
-            length = call.embeds.shape[1]
-            self._prompts.require_whole(call.past, length)
-            extra = self._prompts.extra(call.past, length)
-            columns = torch.stack(list(visual.values())).any(0)
-        selection = known.selection
-        keep, embeds = kept_columns(selection, visual, call.embeds)
-        promised = [item.keep for item in selection.plan.items]
-        vision = self.request.methods.vision
-        compaction, tail, rows = call.compaction(keep, selection.kept, promised, columns, extra, vision)
-        self._require_no_gaps(call, compaction)
-        return *call.shortened(embeds, compaction, tail, self.packed), compaction, rows
-
-    def _require_no_gaps(self, call: LanguageCall, compaction: Compaction) -> None:
-        """Refuse what flash attention would misread: behind a cache, gaps in a single row's position ids.
-
-        Raises:
-            PatchError: It takes them for several sequences packed into one, and reads the wrong keys.
-        """
+            prompts.require_whole(call.past, length)
+        keep, embeds = kept_columns(known.selection, visual, call.embeds)
+        shape = CallShape(batch, call.past, length, frozenset(visual))
+        rows = prompts.lengths(shape, *known.selection.row_tokens())
+        columns = torch.stack(list(visual.values())).any(0)
+        compaction, tail, rows = call.compaction(keep, columns, prompts.extra(call.past, length), rows)
         decoder: Any = self.family.language_model(self.base)
-        flash = "flash" in str(decoder.config._attn_implementation)
-        alone = len(call.valid) == 1 and call.positions.ndim == 2
-        if flash and alone and call.past and not self.packed and compaction.slots < compaction.length:
-            raise PatchError(
-                "with flash attention, tokens that join a cache cannot keep their original position ids: the gaps "
-                "would be read as several sequences packed into one. Use positions='packed', or "
-                "attn_implementation='sdpa'."
-            )
+        if "flash" in str(decoder.config._attn_implementation) and not self.packed:
+            call.require_no_gaps(compaction)
+        return *call.shortened(embeds, compaction, tail, self.packed, rows), compaction, rows
 
     def _enter_layers(
         self,
@@ -337,24 +322,30 @@ class Boundary:
         """What ``generate`` was given, or the forward in progress."""
         return self._generating or self._local.given
 
-    def _placeholders(self, modality: Modality, ids: Any, embeds: Any) -> torch.Tensor:
-        token = self.family.token_ids(self.base.config)[modality]
-        if ids is not None:
-            return ids == token
-        embedding: Any = self.base.get_input_embeddings()  # type: ignore[operator]
-        vector = embedding(torch.tensor(token, device=embeds.device))
-        return (embeds == vector).all(-1)
+    def _read(self, prompts: Prompts, inputs: Any) -> Prompts:
+        """Read all that the host must know of a call that brings features; what was read of its pixels is kept, too.
 
-    def _selection(self, visual: dict[Modality, torch.Tensor], cache: Any, embeds: torch.Tensor) -> Choice:
+        Args:
+            prompts: Its text side.
+            inputs: Its arguments by name.
+        """
+        given = self.family.given_modalities(inputs)
+        if given:
+            tokens = self.family.token_ids(self.base.config)
+            counts, self._local.known = read_call(prompts.to_read(tokens, given), self.family, given, inputs)
+            prompts = prompts.counted(tokens, given, counts)
+        return prompts
+
+    def _selection(self, visual: dict[Modality, torch.Tensor], past: int, embeds: torch.Tensor) -> Choice:
         """The choice for the prompts at hand, made when their first columns arrive."""
         local = self._local
         # A chunk of a chunked prefill may show one modality only; the selection covers all that were encoded.
         observations = [self.chooser.observation(local.latest, modality) for modality in visual]
         observations = list({**local.latest, **{o.modality: o for o in observations}}.values())
-        counts = self.chooser.row_counts(observations, visual, self._generating)
+        counts = self.chooser.row_counts(observations, visual, self._prompts, self._generating is not None)
         known: Choice | None = getattr(local, "selection", None)
         if known is not None and known.fits(observations, counts):
-            if _length(cache) == 0:
+            if past == 0:
                 known.selection.rewind()
             return known
         interval = Interval(embeds.device)
@@ -364,14 +355,33 @@ class Boundary:
         account.text, account.rows = choice.text, len(embeds)
         account.stages["select"].append(interval.stop())
         local.selection = choice
+        promised = [item.keep for item in choice.selection.plan.items]
+        account.promises.expect(choice.selection.kept, promised, f"{self.request.methods.vision} promised")
         return choice
 
-    def _is_prompt(self, cache: Any, visual: Any) -> bool:
-        done, generating = _length(cache), self._generating
-        return done == 0 or bool(visual) or (generating is not None and done < generating.length)
+    def _cached(self, cache: Any) -> int:
+        """Columns in a cache, which a static one keeps on the device: asked for once per call of the model."""
+        counted = getattr(self._local, "counted", None)
+        return counted[1] if counted is not None and counted[0] is cache else _length(cache)
+
+    def _is_prompt(self, past: int, visual: Any) -> bool:
+        generating = self._generating
+        return past == 0 or bool(visual) or (generating is not None and past < generating.length)
+
+    def settle(self) -> None:
+        """Wait for the device where that is still to tell whether a method kept its promise.
+
+        Raises:
+            SelectionError: It did not.
+        """
+        if self.account is not None:
+            self.account.promises.settle(wait=True)
 
     def _open_account(self) -> Account:
-        self.account = self._local.account = Account()
+        """A new account; the thread's promises outlast it."""
+        earlier = getattr(self._local, "account", None)
+        promises = Promises() if earlier is None else earlier.promises
+        self.account = self._local.account = Account(promises=promises)
         return self.account
 
     def _account(self) -> Account:

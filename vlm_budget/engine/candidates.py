@@ -49,6 +49,7 @@ class PromptTokens:
         instruction: [i] int64, of the text behind its last visual token, all text where there is none behind.
         length: Its tokens.
         extra: Tokens behind it that a call brings along (drafts of assisted decoding); no method sees them.
+        behind: How many of ``instruction`` stand behind the last visual token: all or none.
     """
 
     items: tuple[ItemTokens, ...]
@@ -56,6 +57,7 @@ class PromptTokens:
     instruction: torch.Tensor
     length: int
     extra: int
+    behind: int
 
     @property
     def total(self) -> int:
@@ -66,8 +68,12 @@ class PromptTokens:
         """The same on another device."""
         if self.text.device == device:
             return self
-        moved = [replace(item, alive=item.alive.to(device), columns=item.columns.to(device)) for item in self.items]
-        return replace(self, items=tuple(moved), text=self.text.to(device), instruction=self.instruction.to(device))
+
+        def there(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        moved = [replace(item, alive=there(item.alive), columns=there(item.columns)) for item in self.items]
+        return replace(self, items=tuple(moved), text=there(self.text), instruction=there(self.instruction))
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +128,12 @@ def step(pruner: DecoderPruner, tokens: PromptTokens, scene: Scene) -> Passed:
         items.append(replace(item, alive=item.alive[selection.keep], columns=columns))
         if selection.values is not None:
             values.append((columns, selection.values))
-    left = PromptTokens(
-        tuple(items), place[tokens.text], place[tokens.instruction], tokens.length - dropped, tokens.extra
+    left = replace(
+        tokens,
+        items=tuple(items),
+        text=place[tokens.text],
+        instruction=place[tokens.instruction],
+        length=tokens.length - dropped,
     )
     return Passed(left, keep, values)
 
@@ -150,6 +160,7 @@ def _choose(pruner: DecoderPruner, tokens: PromptTokens, order: int, scene: Scen
         norm=scene.norm,
         captured=scene.captured,
         device=device,
+        behind=tokens.behind,
     )
     with exactly(device):
         picked = pruner.pick(ctx, k)
@@ -158,7 +169,7 @@ def _choose(pruner: DecoderPruner, tokens: PromptTokens, order: int, scene: Scen
         raise SelectionError(
             f"{pruner} promised {k} distinct tokens of {len(ctx.alive)} at layer {scene.layer}, and returned {fault}"
         )
-    keep = selection.keep.to(device)
+    keep = selection.keep.to(device, non_blocking=True)
     rank = keep.argsort()
     return Selection(
         keep[rank], None if selection.values is None else selection.values[rank.to(selection.values.device)]

@@ -181,13 +181,23 @@ class Chooser:
         return seen
 
     def row_counts(
-        self, observations: list[Observation], visual: Mapping[Modality, torch.Tensor], generating: Prompts | None
+        self, observations: list[Observation], visual: Mapping[Modality, torch.Tensor], prompts: Prompts, chunks: bool
     ) -> Counts:
-        """Visual tokens of every row of features: in the prompts of ``generate`` where they fit, else in this call."""
-        counts = generating.counts(self._tokens) if generating is not None else None
+        """Visual tokens of every row of features.
+
+        Args:
+            observations: What was encoded.
+            visual: Per modality, [B, L] bool, placeholders of this call.
+            prompts: What is known of the prompts.
+            chunks: The call may be a part of them: they count where they fit the features, else this call does.
+        """
+        known = prompts.counts
         totals = {o.modality: sum(item.size for item in o.items) for o in observations}
-        if counts is None or any(sum(counts[m]) != total for m, total in totals.items()):
-            counts = {m: mask.sum(1).tolist() for m, mask in visual.items()}
+        fits = known is not None and all(sum(known.visual.get(m, ())) == total for m, total in totals.items())
+        if known is None or (chunks and not fits):
+            counts: Counts = {m: mask.sum(1).tolist() for m, mask in visual.items()}
+        else:
+            counts = dict(known.visual)
         result: Counts = {}
         for modality, total in totals.items():
             rows = counts.get(modality) or [0] * len(next(iter(counts.values())))
@@ -208,8 +218,8 @@ class Chooser:
         return None if texts is None else [text for text in texts for _ in range(copies)]
 
     def _text_counts(self, prompts: Prompts, visual: Mapping[Modality, torch.Tensor], rows: int) -> list[int]:
-        if prompts.ids is not None:
-            return prompts.text_counts(self._tokens)
+        if prompts.counts is not None:
+            return prompts.counts.text
         counts: list[int] = (~torch.stack(list(visual.values())).any(0)).sum(1).tolist()
         return counts[:: len(counts) // rows]
 

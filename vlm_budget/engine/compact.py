@@ -1,10 +1,14 @@
-"""Index arithmetic between the caller's columns and the kept ones. No loops over rows, one host sync per prefill."""
+"""Index arithmetic between the caller's columns and the kept ones. No loops over rows, no host sync."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from ..ops import Compacted, compaction_index, take_columns
+from ..ops import compact as compact_all
 
 
 @dataclass(frozen=True)
@@ -15,12 +19,14 @@ class Compaction:
         index: [B, K] int64, the original column of every slot (arbitrary where ``valid`` is False).
         valid: [B, K] bool, slots that hold a token; the others are padding.
         keep: [B, L] bool, original columns that survive.
+        source: [B, L] int64, the slot that every original column is grown from.
         length: L, the original length.
     """
 
     index: torch.Tensor
     valid: torch.Tensor
     keep: torch.Tensor
+    source: torch.Tensor
     length: int
 
     @property
@@ -30,24 +36,39 @@ class Compaction:
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """Gather [B, L, ...] to [B, K, ...]."""
-        index = self.index.to(tensor.device)
-        return tensor.gather(1, index.reshape(*index.shape, *[1] * (tensor.ndim - 2)).expand(-1, -1, *tensor.shape[2:]))
+        return take_columns(tensor, self.index.to(tensor.device))
 
-    def take_last(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Gather [..., B, L] to [..., B, K]."""
-        index = self.index.to(tensor.device)
-        return tensor.gather(-1, index.expand(*tensor.shape[:-1], -1))
+    def take_all(
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        visual: torch.Tensor | None = None,
+        deepstack: Sequence[torch.Tensor] = (),
+        rows: int = 0,
+    ) -> Compacted:
+        """Gather what a language model is given, in one launch.
+
+        Args:
+            embeds: [B, L, D].
+            positions: [..., B, L] position ids; 0 in padding slots.
+            visual: [B, L] bool, visual columns.
+            deepstack: Per level, one row for every one of them in the batch.
+            rows: How many of them survive.
+        """
+        return compact_all(embeds, self.index, self.valid, self.keep, positions, visual, deepstack, rows)
 
     def to(self, device: torch.device) -> Compaction:
         """The same on another device."""
         if self.index.device == device:
             return self
-        return Compaction(self.index.to(device), self.valid.to(device), self.keep.to(device), self.length)
+        index, valid, keep, source = (each.to(device) for each in (self.index, self.valid, self.keep, self.source))
+        return Compaction(index, valid, keep, source, self.length)
 
     def then(self, later: Compaction) -> Compaction:
         """Both in one: this compaction, then ``later`` of its slots."""
         index = self.index.gather(1, later.index)
-        return Compaction(index, later.valid, torch.zeros_like(self.keep).scatter(1, index, later.valid), self.length)
+        keep = torch.zeros_like(self.keep).scatter(1, index, later.valid)
+        return Compaction(index, later.valid, keep, later.source.gather(1, self.source), self.length)
 
     def grow(self, tensor: torch.Tensor) -> torch.Tensor:
         """Bring [B, K, D] back to [B, L, D]; a dropped column repeats the last kept column before it.
@@ -55,15 +76,14 @@ class Compaction:
         So logits keep their shape, and the token after a dropped one is still predicted from the right state. Columns
         before the first kept one repeat that one.
         """
-        before = (self.keep.cumsum(1) - 1).clamp_min(0)
-        source = (before + self.valid.long().argmax(1, keepdim=True)).to(tensor.device)
-        return tensor.gather(1, source[..., None].expand(-1, -1, tensor.shape[-1]))
+        return take_columns(tensor, self.source.to(tensor.device))
 
 
 def untouched(valid: torch.Tensor) -> Compaction:
     """The compaction of [B, L] columns that leaves them as they are; ``valid`` says which hold a token."""
     index = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
-    return Compaction(index, valid, valid, valid.shape[1])
+    source = (valid.cumsum(1) - 1).clamp_min(0) + valid.long().argmax(1, keepdim=True)
+    return Compaction(index, valid, valid, source, valid.shape[1])
 
 
 def compact(keep: torch.Tensor, slots: int, right_padded: bool) -> Compaction:
@@ -74,10 +94,8 @@ def compact(keep: torch.Tensor, slots: int, right_padded: bool) -> Compaction:
         slots: The largest number of survivors in any row.
         right_padded: Rows shorter than ``slots`` are padded on the right, else on the left.
     """
-    # A stable sort of the flags lists survivors in order, at the end that the padding leaves free.
-    order = keep.to(torch.uint8).argsort(dim=1, stable=True, descending=right_padded)
-    index = order[:, :slots] if right_padded else order[:, order.shape[1] - slots :]
-    return Compaction(index, keep.gather(1, index), keep, keep.shape[1])
+    index, valid, source = compaction_index(keep, slots, right_padded)
+    return Compaction(index, valid, keep, source, keep.shape[1])
 
 
 def packed_positions(compaction: Compaction, start: torch.Tensor) -> torch.Tensor:

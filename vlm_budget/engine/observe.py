@@ -18,6 +18,7 @@ from ..pruner import Attention
 from .clock import Interval
 from .local import CallLocal
 from .probes import AttachedProbe, AttentionSink, attach
+from .reading import Known, on_host
 from .selection import Observation
 
 
@@ -119,13 +120,22 @@ class Observer:
         """What the probes of the last observed call on this thread took."""
         return [interval for sink in self.sinks.values() for interval in sink.intervals]
 
-    def observe(self, modality: Modality, call: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Observation]:
+    def observe(
+        self, modality: Modality, call: Callable[..., Any], args: Any, kwargs: Any, known: Known = ()
+    ) -> tuple[Any, Observation]:
         """Run the encoder and account for what it showed.
+
+        Args:
+            modality: Which encoder.
+            call: It, as a bound method.
+            args: Its arguments.
+            kwargs: Same.
+            known: What was read of them before.
 
         Raises:
             LayoutError: The features do not have the length the layout says.
         """
-        inputs = bound_arguments(call, args, kwargs)
+        inputs = on_host(self.family, modality, bound_arguments(call, args, kwargs), known)
         items = self.family.items(self.base, modality, inputs)
         for sink in self.sinks.values():
             sink.start()

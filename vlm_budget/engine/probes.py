@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..errors import PatchError
+from ..ops import attention_rows, received_attention, runs_kernel
+from ..triton_kernels.attention_rows import between
 from .clock import Interval
 from .local import CallLocal
 from .precision import exactly
@@ -184,7 +186,17 @@ class QueryKey:
             Broadcastable to [B, 1, stop - start, Lk] (a mask per head stays [B, H, ...]): bool (True = may be seen), or
             additive float as the backend got it; None where all is seen.
         """
-        return _mask_rows(self.mask, start, stop, self.query, self.key, self.causal)
+        mask, end = self.seen(start, stop)
+        within = between(None, end, self.key.shape[2])
+        return mask if within is None else within if mask is None else within & mask
+
+    def seen(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The same in two: a mask, and where causality alone limits, [1, stop - start] int32 ends of what is seen."""
+        mask, end = _mask_rows(self.mask, start, stop, self.query, self.key), None
+        if self.causal and (self.mask is None or (isinstance(self.mask, torch.Tensor) and self.mask.ndim == 2)):
+            behind = self.key.shape[2] - self.query.shape[2] + 1
+            end = torch.arange(start + behind, stop + behind, dtype=torch.int32, device=self.query.device)[None]
+        return mask, end
 
 
 class AttentionSink:
@@ -263,81 +275,75 @@ class AttentionSink:
         if kind == "mean_keys":
             return key.float().mean(1)
         if kind == "received":
-            return _received_packed(query, key, shown.mask, shown.scaling, self.chunk, packed, shown.causal)
+            return _received_packed(shown, self.chunk, packed)
         index = query.shape[2] - 1 if kind == "last" else 0
-        part = shown.visible(index, index + 1)
+        mask, end = shown.seen(index, index + 1)
         if kind == "joint_cls":
-            return _joint_row(query[:, :, :1], key, part)
-        return attention_rows(query[:, :, index : index + 1], key, shown.scaling, part).mean(1)[:, 0]
+            return _joint_row(query[:, :, :1], key, mask, end)
+        return attention_rows(query[:, :, index : index + 1], key, shown.scaling, stop=end, mask=mask)[:, 0]
 
 
-def attention_rows(
-    query: torch.Tensor, key: torch.Tensor, scaling: float, mask: torch.Tensor | None = None
+def _joint_row(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, stop: torch.Tensor | None
 ) -> torch.Tensor:
-    """Softmax rows for chosen queries.
-
-    Args:
-        query: [B, H, n, d].
-        key: [B, Hkv, Lk, d]; grouped heads are repeated.
-        scaling: Factor on the logits.
-        mask: None, or bool (True = may be seen) or additive float, broadcastable to [B, H, n, Lk].
-
-    Returns:
-        [B, H, n, Lk] float32; rows without any visible key are zero.
-    """
-    if key.shape[1] != query.shape[1]:
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    logits = (query.float() @ key.float().transpose(-1, -2)) * scaling
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.float()
-    return torch.nan_to_num(logits.softmax(-1))
-
-
-def _joint_row(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """[B, L] float32 softmax row of a query [B, H, 1, d] whose heads are taken as one of width ``H * d``."""
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     query, key = (heads.transpose(1, 2).flatten(2)[:, None] for heads in (query, key))
-    return attention_rows(query, key, query.shape[-1] ** -0.5, None if mask is None else mask[:, :1])[:, 0, 0]
+    mask = None if mask is None else mask[:, :1]
+    return attention_rows(query, key, query.shape[-1] ** -0.5, stop=stop, mask=mask)[:, 0]
 
 
-def _mask_rows(
-    mask: Any, start: int, stop: int, query: torch.Tensor, key: torch.Tensor, causal: bool
-) -> torch.Tensor | None:
-    """Rows ``start:stop`` of any mask transformers passes: None, 4-D, 2-D padding (flash), or a flex ``BlockMask``."""
-    length, device = key.shape[2], query.device
-    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
-        return (mask if mask.shape[2] == 1 else mask[:, :, start:stop])[..., :length]
-    rows = torch.arange(start, stop, device=device)[None, None, :, None]
-    columns = torch.arange(length, device=device)[None, None, None, :]
-    if mask is None or isinstance(mask, torch.Tensor):
-        seen = columns <= rows + (length - query.shape[2]) if causal else None
-        flat = None if mask is None else mask[:, None, None, -length:].bool()
-        return flat if seen is None else seen if flat is None else seen & flat
-    batch = torch.arange(query.shape[0], device=device)[:, None, None, None]
-    head = torch.zeros((), dtype=torch.long, device=device)
-    return torch.as_tensor(mask.mask_mod(batch, head, rows, columns)).expand(query.shape[0], 1, stop - start, length)
-
-
-def _received(
-    query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float, chunk: int, causal: bool
-) -> torch.Tensor:
+def _received(shown: QueryKey, chunk: int) -> torch.Tensor:
+    """[B, L] float32 column means of the attention map."""
+    query, key = shown.query, shown.key
+    if runs_kernel(query, key) and (shown.mask is None or isinstance(shown.mask, torch.Tensor)):
+        mask, end = shown.seen(0, query.shape[2])
+        return received_attention(query, key, shown.scaling, stop=end, mask=mask)
+    # In chunks, since a reference holds its rows, and a flex mask is a function that is asked for all of its rows.
     total = query.new_zeros(query.shape[0], key.shape[2], dtype=torch.float32)
     for start in range(0, query.shape[2], chunk):
-        stop = min(start + chunk, query.shape[2])
-        part = _mask_rows(mask, start, stop, query, key, causal)
-        total += attention_rows(query[:, :, start:stop], key, scaling, part).sum(2).mean(1)
+        part = slice(start, min(start + chunk, query.shape[2]))
+        mask, end = shown.seen(part.start, part.stop)
+        total += received_attention(query[:, :, part], key, shown.scaling, stop=end, mask=mask, reduce="sum")
     return total / query.shape[2]
 
 
-def _received_packed(
-    query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float, chunk: int, packed: Any, causal: bool
-) -> torch.Tensor:
+def _received_packed(shown: QueryKey, chunk: int, packed: Any) -> torch.Tensor:
+    """The same for sequences packed into one row, each of them on its own."""
     if packed is None:
-        return _received(query, key, mask, scaling, chunk, causal)
-    ends = packed.tolist()
-    parts = [
-        _received(query[:, :, a:b], key[:, :, a:b], None, scaling, chunk, causal)
-        for a, b in zip(ends, ends[1:], strict=False)
-    ]
-    return torch.cat(parts, -1)
+        return _received(shown, chunk)
+    query, key = shown.query, shown.key
+    if query.device.type == "cpu" and not runs_kernel(query, key):
+        ends = packed.tolist()
+        parts = [
+            replace(shown, query=query[:, :, start:stop], key=key[:, :, start:stop], mask=None)
+            for start, stop in zip(ends, ends[1:], strict=False)
+        ]
+        return torch.cat([_received(part, chunk) for part in parts], -1)
+    # The host does not ask the device where sequences end: each query gets limits, each key its sequence's length.
+    columns = torch.arange(key.shape[2], dtype=torch.int32, device=key.device)
+    ends = packed.to(columns)
+    place = torch.searchsorted(ends, columns, right=True).clamp_max(len(ends) - 1)
+    first, stop = ends[place - 1], ends[place]
+    end = (columns + 1) if shown.causal else stop
+    total = received_attention(query, key, shown.scaling, first=first[None], stop=end[None], reduce="sum")
+    return total / (stop - first)
+
+
+def _mask_rows(
+    mask: Any, start: int, stop: int, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor | None:
+    """Rows ``start:stop`` of any mask transformers passes: None, 4-D, 2-D padding (flash), or a flex ``BlockMask``."""
+    length, device = key.shape[2], query.device
+    if mask is None:
+        return None
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        return (mask if mask.shape[2] == 1 else mask[:, :, start:stop])[..., :length]
+    if isinstance(mask, torch.Tensor):
+        return mask[:, None, None, -length:].bool()
+    rows = torch.arange(start, stop, device=device)[None, None, :, None]
+    columns = torch.arange(length, device=device)[None, None, None, :]
+    batch = torch.arange(query.shape[0], device=device)[:, None, None, None]
+    head = torch.zeros((), dtype=torch.long, device=device)
+    return torch.as_tensor(mask.mask_mod(batch, head, rows, columns)).expand(query.shape[0], 1, stop - start, length)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..errors import PatchError
 from ..layout import Modality, VisualLayout
 from ..plan import Plan
 from .candidates import ItemTokens, PromptTokens, first
+from .reading import RowCounts
 from .selection import PromptSelection, PromptText
 
 
@@ -26,6 +27,8 @@ class Prompts:
         cached: Columns in the cache before the call.
         length: Columns at the end of the prompts, cached ones included.
         rows: B, or 0 if unknown.
+        padding_known: There is a mask, or there is no padding.
+        counts: Of their tokens, once read.
     """
 
     ids: torch.Tensor | None
@@ -33,6 +36,8 @@ class Prompts:
     cached: int
     length: int
     rows: int
+    padding_known: bool = False
+    counts: RowCounts | None = None
 
     @classmethod
     def of_generate(cls, args: Sequence[Any], kwargs: Mapping[str, Any], cached: int) -> Prompts:
@@ -48,23 +53,69 @@ class Prompts:
         mask = kwargs.get("attention_mask")
         only_new = isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] > ids.shape[1]
         fresh = ids if only_new or cached >= ids.shape[1] else ids[:, cached:]
-        return cls(fresh, _last(mask, fresh.shape[1]), cached, cached + fresh.shape[1], len(ids))
+        last = _last(mask, fresh.shape[1])
+        # Without a mask ``generate`` makes one of its own.
+        return cls(fresh, last, cached, cached + fresh.shape[1], len(ids), last is not None)
 
     @classmethod
     def of_forward(cls, kwargs: Mapping[str, Any], cached: int) -> Prompts:
         """What the model's forward was called with."""
-        ids = kwargs.get("input_ids")
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         given = ids if ids is not None else kwargs.get("inputs_embeds")
         if given is None:
             return cls(None, None, cached, cached, 0)
         length = given.shape[1]
-        return cls(ids, _last(kwargs.get("attention_mask"), length), cached, cached + length, len(given))
+        last = _last(mask, length)
+        return cls(ids, last, cached, cached + length, len(given), last is not None or mask is None)
 
-    def counts(self, tokens: Mapping[Modality, int]) -> dict[Modality, list[int]] | None:
-        """Placeholders per prompt, by modality; None without token ids."""
+    def to_read(self, tokens: Mapping[Modality, int], given: Iterable[Modality]) -> dict[str, torch.Tensor]:
+        """What :meth:`counted` wants on the host, by name; nothing without token ids.
+
+        Args:
+            tokens: Placeholder per modality.
+            given: The modalities that the call brings features of.
+        """
         if self.ids is None:
-            return None
-        return {modality: (self.ids == token).sum(-1).tolist() for modality, token in tokens.items()}
+            return {}
+        valid = self._valid(self.ids)
+        visual = {modality: self.ids == token for modality, token in tokens.items()}
+        everything, mine = _any(visual, tokens, valid), _any(visual, given, valid)
+        text = valid & ~everything
+        return {
+            **{modality: mask.sum(1) for modality, mask in visual.items()},
+            "text": text.sum(1),
+            "instruction": instruction(everything, valid).sum(1),
+            "behind": text_behind(mine, valid).sum(1),
+            "tokens": valid.sum(1),
+            "hidden": (mine & ~valid).sum(1),
+            "last": valid[:, -1],
+        }
+
+    def counted(
+        self, tokens: Iterable[Modality], given: Iterable[Modality], numbers: Mapping[str, torch.Tensor]
+    ) -> Prompts:
+        """The prompts with what was read of them.
+
+        Args:
+            tokens: The modalities that have placeholders.
+            given: Those that the call brings features of.
+            numbers: What :meth:`to_read` wanted.
+        """
+        if not numbers:
+            return self
+        found = {name: tensor.tolist() for name, tensor in numbers.items()}
+        # Placeholders that the mask hides may be kept or not, so that a row's length cannot be told from their number.
+        known = self.padding_known and not any(found["hidden"])
+        counts = RowCounts(
+            visual={modality: found[modality] for modality in tokens},
+            given=frozenset(given),
+            text=found["text"],
+            instruction=found["instruction"],
+            behind=found["behind"],
+            tokens=found["tokens"] if known else None,
+            right_padded=not all(found["last"]),
+        )
+        return replace(self, counts=counts)
 
     def extra(self, past: int, length: int) -> int:
         """Columns of a language model's call, of ``length`` behind ``past``, that come after the prompts."""
@@ -76,7 +127,7 @@ class Prompts:
         Raises:
             PatchError: The language model's call does not hold the prompts as a whole.
         """
-        if self.length and (past != self.cached or past + length < self.length):
+        if not self._whole(past, length):
             raise PatchError(
                 f"columns {past} to {past + length - 1} of a prompt of {self.length} reached the language model as a "
                 "chunk of their own, and dropping tokens inside it needs the whole prompt at once. Pass "
@@ -87,35 +138,97 @@ class Prompts:
         """The instruction of every prompt; None without token ids."""
         if self.ids is None:
             return None
-        visual = torch.isin(self.ids, torch.tensor(sorted(tokens.values()), device=self.ids.device))
-        behind = instruction(visual, self._valid(self.ids))
+        assert self.counts is not None, "counted as soon as there are ids"
+        valid = self._valid(self.ids)
+        flags = instruction(_any({m: self.ids == token for m, token in tokens.items()}, tokens, valid), valid)
+        rows = zip(self.ids, flags, self.counts.instruction, strict=True)
+        mine = [ids[first(behind, count)] for ids, behind, count in rows]
         with torch.no_grad():
-            return [PromptText(embedding(ids[flags]), ids[flags]) for ids, flags in zip(self.ids, behind, strict=True)]
+            return [PromptText(embedding(ids), ids) for ids in mine]
 
-    def text_counts(self, tokens: Mapping[Modality, int]) -> list[int]:
-        """Text tokens of every prompt, cached ones left out; empty without token ids."""
-        return [] if self.ids is None else text_counts(self.ids, self.mask, tokens)
+    def lengths(self, call: CallShape, kept: Sequence[int], visual: Sequence[int]) -> Rows | None:
+        """The rows of a language model's call behind the drop, without asking the device.
+
+        Args:
+            call: What the language model was given.
+            kept: Visual tokens that enter it, per prompt; prompts may be more or fewer than here (beams, copies).
+            visual: Visual tokens before, the same way.
+
+        Returns:
+            None where that is not known: for one chunk of a prompt, embeddings without ids, padding that the call does
+            not show.
+        """
+        counts, batch = self.counts, call.batch
+        if counts is None or counts.tokens is None or counts.given != call.given:
+            return None
+        if not self._whole(call.past, call.length) or batch % self.rows or batch % len(kept):
+            return None
+        extra = self.extra(call.past, call.length)
+        lengths, entering, behind = [], [], []
+        for row in range(batch):
+            mine, its = row * self.rows // batch, row * len(kept) // batch
+            before = sum(counts.visual[modality][mine] for modality in counts.given)
+            if before != visual[its]:
+                return None
+            lengths.append(counts.tokens[mine] - before + kept[its] + extra)
+            entering.append(kept[its])
+            behind.append(counts.behind[mine])
+        # What comes behind the prompts stands on the right of any padding there.
+        return Rows(lengths, entering, behind, extra, counts.right_padded and not extra, max(1, *lengths))
+
+    def _whole(self, past: int, length: int) -> bool:
+        return not self.length or (past == self.cached and past + length >= self.length)
 
     def _valid(self, ids: torch.Tensor) -> torch.Tensor:
-        return torch.ones_like(ids, dtype=torch.bool) if self.mask is None else self.mask.to(ids.device)
+        if self.mask is None:
+            return torch.ones_like(ids, dtype=torch.bool)
+        return self.mask.to(ids.device, non_blocking=True).expand(len(ids), -1)
 
 
-def text_counts(ids: torch.Tensor, mask: torch.Tensor | None, tokens: Mapping[Modality, int]) -> list[int]:
-    """Tokens per row of [B, L] ids that are neither padding nor placeholders."""
-    text = ~torch.isin(ids, torch.tensor(sorted(tokens.values()), device=ids.device))
-    if mask is not None:
-        text &= mask.bool().to(ids.device)
-    counts: list[int] = text.sum(1).tolist()
-    return counts
+@dataclass(frozen=True)
+class CallShape:
+    """What a call of the language model holds.
+
+    Attributes:
+        batch: Rows.
+        past: Columns in the cache before.
+        length: Its columns.
+        given: The modalities of its visual columns.
+    """
+
+    batch: int
+    past: int
+    length: int
+    given: frozenset[Modality]
+
+
+def placeholders(token: int, inputs: Mapping[str, Any], base: nn.Module) -> torch.Tensor:
+    """[B, L] bool, the columns of a placeholder token in what a model is called with: ids, else embeddings."""
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if ids is not None:
+        return ids == token
+    assert embeds is not None, "transformers asks for the one or the other"
+    embedding: nn.Module = base.get_input_embeddings()  # type: ignore[operator]
+    vector = embedding(torch.full((), token, device=embeds.device))
+    return (embeds == vector).all(-1)
+
+
+def _any(visual: Mapping[Modality, torch.Tensor], names: Iterable[Modality], like: torch.Tensor) -> torch.Tensor:
+    """[B, L] bool, placeholders of some modalities."""
+    return torch.stack([torch.zeros_like(like), *(visual[name] for name in names)]).any(0)
 
 
 def instruction(visual: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """[B, L] bool, the text behind a row's last visual column, all its text where there is none behind."""
+    behind = text_behind(visual, valid)
+    return torch.where(behind.any(1, keepdim=True), behind, valid & ~visual)
+
+
+def text_behind(visual: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """[B, L] bool, the text behind a row's last visual column."""
     columns = torch.arange(1, visual.shape[1] + 1, device=visual.device)
     last = (visual * columns).amax(1, keepdim=True)
-    text = valid & ~visual
-    behind = text & (columns > last)
-    return torch.where(behind.any(1, keepdim=True), behind, text)
+    return valid & ~visual & (columns > last)
 
 
 def _last(mask: Any, length: int) -> torch.Tensor | None:
@@ -125,12 +238,13 @@ def _last(mask: Any, length: int) -> torch.Tensor | None:
     return None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Rows:
     """The rows of a shortened call, on the host.
 
     Attributes:
         lengths: [B] tokens per row.
+        visual: [B] of these, the visual ones.
         instructions: [B] of these, the text behind the last visual token and before ``extra``; 0 where none is.
         extra: Tokens behind the prompts.
         right_padded: On which side rows are padded.
@@ -138,6 +252,7 @@ class Rows:
     """
 
     lengths: list[int]
+    visual: list[int]
     instructions: list[int]
     extra: int
     right_padded: bool
@@ -176,7 +291,6 @@ def prompt_tokens(
         any_visual = torch.stack(list(flags.values())).any(0)
         text = first(~any_visual, length - sum(len(item.alive) for item in kept))
         behind = rows.instructions[row]
-        found.append(
-            PromptTokens(tuple(kept), text, text[len(text) - behind :] if behind else text, length, rows.extra)
-        )
+        asked = text[len(text) - behind :] if behind else text
+        found.append(PromptTokens(tuple(kept), text, asked, length, rows.extra, behind))
     return found

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from ..decoder import Captured
-from ..errors import SelectionError
 from .cache import CacheState, LayerGroup
 from .candidates import Passed, PromptTokens, Scene, step
 from .clock import Interval
 from .compact import Compaction, compact, packed_positions, untouched
 from .masks import layer_mask
 from .probes import AttentionSink, ProbeStop, QueryKey
+from .promises import Promises
 
 if TYPE_CHECKING:
     from .layers import LayerDropper
@@ -290,18 +290,21 @@ class DropRun:
         for sink in self.dropper.sinks.values():
             sink.stop()
 
-    def finish(self, output: Any) -> None:
+    def finish(self, output: Any, promises: Promises) -> None:
         """Bring the output back to the columns of the language model's call, in place.
 
+        Args:
+            output: Of the language model.
+            promises: Where a token taken twice will be noticed.
+
         Raises:
-            SelectionError: A method took a token twice, which a CUDA device is not asked about at once.
+            SelectionError: A method took a token twice, and the host knows.
         """
-        counts = [total for total, _ in self._counted]
-        promised = [count for _, count in self._counted]
-        if counts and counts[0].device.type != "cpu":
-            kept = torch.stack([count.to(counts[0].device) for count in counts]).tolist()
-            if kept != promised:
-                raise SelectionError(f"{self.dropper.pruner} promised rows of {promised} tokens and kept {kept}")
+        if self._counted:
+            there = self._counted[0][0].device
+            kept = torch.stack([count.to(there, non_blocking=True) for count, _ in self._counted])
+            promised = [count for _, count in self._counted]
+            promises.expect(kept, promised, f"{self.dropper.pruner} promised rows of")
         if not self.prompts or self.segment is None:
             return
         output.last_hidden_state = self.segment.new.grow(output.last_hidden_state)

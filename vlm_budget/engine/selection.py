@@ -11,7 +11,7 @@ import torch
 from ..errors import LayoutError, PlanError
 from ..layout import Modality, VisualItem, group_rows
 from ..plan import Plan
-from ..pruner import Attention, Context, Pruner, unprojected
+from ..pruner import Attention, Context, Pruner, Selection, unprojected
 from .precision import as_the_model, exactly
 
 Project = Callable[[torch.Tensor], torch.Tensor]
@@ -154,6 +154,14 @@ class PromptSelection:
         """Nothing is dropped, so the original call can run untouched."""
         return self.plan.keep == self.plan.total and not self.values
 
+    def row_tokens(self) -> tuple[list[int], list[int]]:
+        """Per prompt, the visual tokens that the plan keeps, and those before."""
+        kept, total = [0] * self.plan.rows, [0] * self.plan.rows
+        for item in self.plan.items:
+            kept[item.row] += item.keep
+            total[item.row] += item.total
+        return kept, total
+
     def columns(self, modality: Modality, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the next visual columns stand in their prompt's selection.
 
@@ -202,16 +210,19 @@ def select(
     """
     counts = plan.row_counts([[seen.item.size for seen in row] for row in rows])
     flags: dict[Modality, list[list[torch.Tensor]]] = {}
-    merged: dict[Modality, list[list[torch.Tensor | None]]] = {}
+    merged: dict[Modality, list[list[Selection | None]]] = {}
     kept = []
     for modality in ("image", "video"):
         flags[modality], merged[modality] = [[] for _ in rows], [[] for _ in rows]
     for index, (row, row_counts) in enumerate(zip(rows, counts, strict=True)):
         for order, (seen, count) in enumerate(zip(row, row_counts, strict=True)):
-            flag, values = _select_item(pruner, seen, order, count, texts[index] if texts is not None else None)
-            flags[seen.item.modality][index].append(flag.to(device))
-            merged[seen.item.modality][index].append(None if values is None else values.to(device))
-            kept.append(flag.sum().to(device))
+            chosen = _select_item(pruner, seen, order, count, texts[index] if texts is not None else None)
+            flag = torch.ones(seen.item.size, dtype=torch.bool, device=device)
+            if chosen is not None:
+                flag = flag.zero_().index_fill_(0, chosen.keep.to(device, non_blocking=True), True)
+            flags[seen.item.modality][index].append(flag)
+            merged[seen.item.modality][index].append(chosen)
+            kept.append(flag.sum())
     keep: dict[Modality, torch.Tensor] = {}
     replaced: dict[Modality, tuple[torch.Tensor, torch.Tensor]] = {}
     for modality, per_row in flags.items():
@@ -219,17 +230,18 @@ def select(
             keep[modality] = _pad(
                 [torch.cat(row) if row else torch.zeros(0, dtype=torch.bool, device=device) for row in per_row]
             )
-            if any(values is not None for row in merged[modality] for values in row):
+            if any(chosen is not None and chosen.values is not None for row in merged[modality] for chosen in row):
                 replaced[modality] = _overlay(per_row, merged[modality], keep[modality])
     return PromptSelection(plan, keep, replaced, torch.stack(kept))
 
 
 def _select_item(
     pruner: Pruner | None, seen: Seen, order: int, count: int, text: PromptText | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Selection | None:
+    """What the method chooses of an item; None where all of it stays."""
     item = seen.item
     if count == item.size:  # keeping all is not a question to ask: the unpatched model is the answer
-        return torch.ones(item.size, dtype=torch.bool), None
+        return None
     if pruner is None:
         raise PlanError(
             f"the plan keeps {count} of {item.size} {item.modality} tokens before the language model, where no method "
@@ -237,9 +249,7 @@ def _select_item(
         )
     device = seen.features.device
     with exactly(device):
-        chosen = pruner.select(_context(pruner, seen, order, text, device), count)
-    flag = torch.zeros(item.size, dtype=torch.bool, device=device).index_fill_(0, chosen.keep, True)
-    return flag, chosen.values
+        return pruner.select(_context(pruner, seen, order, text, device), count)
 
 
 def _context(pruner: Pruner, seen: Seen, order: int, text: PromptText | None, device: torch.device) -> Context:
@@ -256,7 +266,9 @@ def _context(pruner: Pruner, seen: Seen, order: int, text: PromptText | None, de
         )
     if not len(text.ids):
         raise LayoutError(f"{pruner} ranks by the prompt's text, and the prompt has none. Add an instruction.")
-    return replace(known, text=text.embeds.to(device), text_ids=text.ids.to(device))
+    return replace(
+        known, text=text.embeds.to(device, non_blocking=True), text_ids=text.ids.to(device, non_blocking=True)
+    )
 
 
 def _pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -264,18 +276,18 @@ def _pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _overlay(
-    flags: Sequence[Sequence[torch.Tensor]], values: Sequence[Sequence[torch.Tensor | None]], keep: torch.Tensor
+    flags: Sequence[Sequence[torch.Tensor]], chosen: Sequence[Sequence[Selection | None]], keep: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    width = next(v.shape[-1] for row in values for v in row if v is not None)
-    some = next(v for row in values for v in row if v is not None)
-    table = torch.zeros(*keep.shape, width, dtype=some.dtype, device=keep.device)
+    some = next(s.values for row in chosen for s in row if s is not None and s.values is not None)
+    table = torch.zeros(*keep.shape, some.shape[-1], dtype=some.dtype, device=keep.device)
     where = torch.zeros_like(keep)
-    for index, (row_flags, row_values) in enumerate(zip(flags, values, strict=True)):
+    for index, (row_flags, row_chosen) in enumerate(zip(flags, chosen, strict=True)):
         start = 0
-        for flag, value in zip(row_flags, row_values, strict=True):
+        for flag, selection in zip(row_flags, row_chosen, strict=True):
             stop = start + len(flag)
-            if value is not None:
-                table[index, start:stop][flag] = value
+            if selection is not None and selection.values is not None:
+                mine = selection.keep.to(table.device, non_blocking=True)
+                table[index, start:stop].index_copy_(0, mine, selection.values.to(table, non_blocking=True))
                 where[index, start:stop] = flag
             start = stop
     return table, where

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from ..errors import PatchError, SelectionError
+from ..errors import PatchError
 from ..layout import Modality
-from .arguments import full_positions, past_columns, renumber_cache_position, shorten_deepstack
+from .arguments import deepstack_inputs, full_positions, past_columns, renumber_cache_position, shorten_deepstack
 from .cache import CacheState, static_widths
+from .clock import Interval
 from .compact import Compaction, compact, packed_positions
 from .masks import compact_square, is_square, new_columns_valid, padding_mask
-from .prompts import Rows
+from .prompts import Rows, text_behind
 from .selection import PromptSelection
 
 
@@ -91,7 +92,7 @@ class LanguageCall:
         return new
 
     def shortened(
-        self, embeds: torch.Tensor, compaction: Compaction, tail: torch.Tensor, packed: bool
+        self, embeds: torch.Tensor, compaction: Compaction, tail: torch.Tensor, packed: bool, rows: Rows
     ) -> tuple[dict[str, Any], CacheState]:
         """The arguments of the kept columns, and what the cache holds behind the call.
 
@@ -100,12 +101,15 @@ class LanguageCall:
             compaction: Of the new columns.
             tail: Columns since the last dropped one.
             packed: Kept tokens are renumbered.
+            rows: The rows behind the drop.
         """
         new, mask = dict(self.kwargs), self.kwargs.get("attention_mask")
+        visual, levels = deepstack_inputs(self.kwargs, embeds.device)
+        taken = compaction.take_all(embeds, None if packed else self.positions, visual, levels, sum(rows.visual))
         # Padding slots keep a dropped token's embedding: StaticCache counts its non-zero keys up to transformers 4.x.
-        new["inputs_embeds"] = compaction.take(embeds)
-        new["position_ids"], shift = self._new_positions(compaction, packed)
-        shorten_deepstack(new, compaction)
+        new["inputs_embeds"] = taken.embeds
+        new["position_ids"], shift = self._new_positions(compaction, taken.positions)
+        shorten_deepstack(new, taken)
         whole = torch.cat([self.past_valid, compaction.valid], 1)
         # Never None: without a mask transformers reads gaps in position ids as packed sequences, and blocks attention.
         before = (self.past_valid, self.columns, self.past) if self.past else None
@@ -117,10 +121,10 @@ class LanguageCall:
         delta = self.past + self.valid.shape[1] - whole.shape[1]
         return new, CacheState(delta, whole, columns, shift, tail)
 
-    def _new_positions(self, compaction: Compaction, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _new_positions(self, compaction: Compaction, kept: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Position ids, the ``kept`` ones or, without, new ones in a row; and how much they are lowered."""
         positions, valid, shift = self.positions, self.valid, self.shift
-        if not packed:
-            kept = compaction.take_last(positions) * compaction.valid
+        if kept is not None:
             if kept.ndim == 3 and len(kept) == 4:  # the count on top of M-RoPE's axes tells packed sequences apart
                 kept[0] = packed_positions(compaction, torch.zeros_like(shift)) * compaction.valid
             return kept, shift
@@ -129,27 +133,30 @@ class LanguageCall:
         start = torch.where(valid, positions, positions.max() + 1).amin(1) - shift
         return packed_positions(compaction, start) * compaction.valid, shift + (valid & ~compaction.keep).sum(1)
 
+    def require_no_gaps(self, compaction: Compaction) -> None:
+        """Refuse what flash attention would misread: behind a cache, gaps in a single row's original position ids.
+
+        Raises:
+            PatchError: It takes them for several sequences packed into one, and reads the wrong keys.
+        """
+        alone = len(self.valid) == 1 and self.positions.ndim == 2
+        if alone and self.past and compaction.slots < compaction.length:
+            raise PatchError(
+                "with flash attention, tokens that join a cache cannot keep their original position ids: the gaps "
+                "would be read as several sequences packed into one. Use positions='packed', or "
+                "attn_implementation='sdpa'."
+            )
+
     def compaction(
-        self,
-        keep: torch.Tensor,
-        kept: torch.Tensor,
-        promised: list[int],
-        visual: torch.Tensor | None = None,
-        extra: int = 0,
-        method: object = None,
+        self, keep: torch.Tensor, visual: torch.Tensor, extra: int, rows: Rows | None
     ) -> tuple[Compaction, torch.Tensor, Rows]:
         """The compaction, the columns since the last dropped one, and the rows as the host must know them.
 
         Args:
             keep: [B, L] bool, columns to keep, padding not yet left out.
-            kept: [items] int64, tokens kept of every item.
-            promised: What they must be.
-            visual: [B, L] bool, all visual columns, where the rows' texts are wanted; None where not.
+            visual: [B, L] bool, all visual columns.
             extra: Columns behind the prompts.
-            method: Of the visual tokens, for messages.
-
-        Raises:
-            SelectionError: The method broke its promise.
+            rows: The rows behind the drop, where they are known; None reads them off the device.
         """
         keep, valid = keep & self.valid, self.valid
         length = keep.shape[1]
@@ -157,24 +164,35 @@ class LanguageCall:
         earlier = self.earlier
         since = self.past if earlier is None else earlier.tail.to(keep.device) + self.past - earlier.virtual_length
         tail = torch.where(last > 0, length - last, length + since)
-        facts = [keep.sum(1).max()[None], (~valid[:, -1].all())[None].long(), kept.to(keep.device)]
-        if visual is not None:
-            facts += [keep.sum(1), _text_behind(visual, valid, extra)]
-        # The only host sync of a prefill: the compacted length, with all else the host must know.
-        slots, right, *counts = torch.cat(facts).tolist()
-        found, texts = counts[: len(promised)], counts[len(promised) :]
-        if found != promised:
-            raise SelectionError(f"{method} promised {promised} tokens and kept {found}")
-        rows = Rows(texts[: len(keep)], texts[len(keep) :], extra, bool(right), max(slots, 1))
-        # A chunk of a chunked prefill may lose all its tokens; one padding slot keeps shapes legal.
+        if rows is None:
+            behind = text_behind(visual, valid)[:, : length - extra]
+            totals = torch.stack([keep.sum(1), (keep & visual).sum(1), behind.sum(1)], 1)
+            right, *counts = torch.cat([(~valid[:, -1].all())[None], totals.flatten()]).tolist()
+            lengths, seen, texts = (counts[start::3] for start in range(3))
+            # A chunk of a chunked prefill may lose all its tokens; one padding slot keeps shapes legal.
+            rows = Rows(lengths, seen, texts, extra, bool(right), max(1, *lengths))
         return compact(keep, rows.slots, rows.right_padded), tail, rows
 
 
-def _text_behind(visual: torch.Tensor, valid: torch.Tensor, extra: int) -> torch.Tensor:
-    """[B] text tokens between a row's last visual column and the ``extra`` ones."""
-    columns = torch.arange(visual.shape[1], device=visual.device)
-    last = (visual * (columns + 1)).amax(1, keepdim=True)
-    return (valid & ~visual & (columns >= last) & (columns < visual.shape[1] - extra)).sum(1)
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """What the language model's post-hook needs from its pre-hook.
+
+    Attributes:
+        interval: Runs since the pre-hook.
+        prompt: The call belongs to the prompt.
+        length: Columns in the cache behind the call, as the caller counts them.
+        state: What the cache will hold, where tokens are dropped.
+        compaction: How they are.
+        earlier: What was dropped from the cache before.
+    """
+
+    interval: Interval
+    prompt: bool
+    length: int
+    state: CacheState | None = None
+    compaction: Compaction | None = None
+    earlier: CacheState | None = None
 
 
 def kept_columns(
@@ -183,7 +201,6 @@ def kept_columns(
     """[B, L] bool columns that a selection keeps, and the embeddings with merged tokens put in."""
     keep = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
     for modality, mask in visual.items():
-        mask = mask.to(embeds.device)
         index = selection.columns(modality, mask)
         keep &= ~mask | selection.keep[modality][index]
         if modality in selection.values:

@@ -32,12 +32,15 @@ class Family:
     Attributes:
         models: Names of the transformers classes, outer and inner.
         encoders: Per modality, the method of the inner model that encodes it.
+        sizes: Per modality, what numbers among the encoder's arguments decide the layout: the name that :meth:`items`
+            has for them, and the argument that :meth:`measure` reads them from.
         mrope: Position ids have several axes, so kept tokens always keep their original positions.
         cls: The vision tower has a class token.
     """
 
     models: ClassVar[tuple[str, ...]] = ()
     encoders: ClassVar[Mapping[Modality, str]] = {"image": "get_image_features"}
+    sizes: ClassVar[Mapping[Modality, Mapping[str, str]]] = {}
     mrope: ClassVar[bool] = False
 
     # --- where things are ------------------------------------------------------------------------------------------
@@ -162,9 +165,18 @@ class Family:
         Args:
             base: The inner model.
             modality: Which encoder is called.
-            inputs: Its arguments by name.
+            inputs: Its arguments by name. A patched model hands over on the host what ``sizes`` names.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement items()")
+
+    def measure(self, name: str, given: torch.Tensor) -> torch.Tensor:
+        """What the host must know of an argument, in whole numbers on the device of the argument.
+
+        Args:
+            name: As :meth:`items` has it.
+            given: The argument.
+        """
+        return given
 
     def features(self, base: Model, modality: Modality, output: Any, items: Sequence[VisualItem]) -> list[torch.Tensor]:
         """The encoder's output per item, [n, D] in token order.
@@ -262,17 +274,15 @@ class Family:
     def from_tower_order(self, base: Model, rows: torch.Tensor, items: Sequence[VisualItem]) -> torch.Tensor:
         """[N, ...] rows per token, from the tower's order into that of the items' partitions."""
         order = self.tower_order(base, items)
-        return rows if order is None else rows[order.argsort().to(rows.device)]
+        return rows if order is None else rows[order.argsort().to(rows.device, non_blocking=True)]
 
 
 def _by_token(item: VisualItem, rows: torch.Tensor) -> torch.Tensor:
     """[T, C] rows, partition by partition, to [n, C] in token order."""
-    starts = torch.tensor([0, *(grid.rows * grid.cols for grid in item.partitions)]).cumsum(0)
-    index = starts[item.partition] + item.patch
-    if torch.equal(index, torch.arange(len(rows))):
+    if torch.equal(item.place, torch.arange(len(rows))):
         return rows
-    separator = (item.partition < 0).to(rows.device)
-    return rows[index.to(rows.device)].masked_fill(separator[:, None], 0)
+    separator = (item.partition < 0).to(rows.device, non_blocking=True)
+    return rows[item.place.to(rows.device, non_blocking=True)].masked_fill(separator[:, None], 0)
 
 
 def flatten_features(features: Any) -> torch.Tensor:

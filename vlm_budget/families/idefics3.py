@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ class Idefics3(Family):
     """
 
     models = ("Idefics3ForConditionalGeneration", "Idefics3Model")
+    sizes: ClassVar[Mapping[Modality, Mapping[str, str]]] = {"image": {"tiles": "pixel_values"}}
 
     def language_model(self, base: Model) -> nn.Module:
         """The decoder whose inputs are shortened."""
@@ -36,11 +37,12 @@ class Idefics3(Family):
         """One square grid per tile that is not all zero."""
         pixels = inputs["pixel_values"]
         side = pixels.shape[-1] // base.config.vision_config.patch_size // base.config.scale_factor
-        return [square_item("image", side) for _ in range(self.tiles(pixels))]
+        tiles = inputs["tiles"] if "tiles" in inputs else self.measure("tiles", pixels)
+        return [square_item("image", side) for _ in range(int(tiles))]
 
-    def tiles(self, pixels: torch.Tensor) -> int:
-        """How many of [prompts, tiles, C, H, W] are encoded."""
-        return int((pixels != 0).flatten(2).any(2).sum())
+    def measure(self, name: str, given: torch.Tensor) -> torch.Tensor:
+        """[] int64, how many tiles of [prompts, tiles, C, H, W] pixels are encoded."""
+        return (given != 0).flatten(2).any(2).sum()
 
     def projector(self, base: Model, modality: Modality) -> nn.Module:
         """The connector's linear part, behind its ``pixel_shuffle``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,6 +16,7 @@ class LlavaNext(Family):
     """``LlavaNextForConditionalGeneration``."""
 
     models = ("LlavaNextForConditionalGeneration", "LlavaNextModel")
+    sizes: ClassVar[Mapping[Modality, Mapping[str, str]]] = {"image": {"image_sizes": "image_sizes"}}
 
     def items(self, base: Model, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
         """Thumbnail tokens, then the mosaic row by row, crops interleaved as in the unpruned model."""

@@ -26,6 +26,9 @@ class LlavaOnevision(Family):
 
     models = ("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel")
     encoders: ClassVar[Mapping[Modality, str]] = {"image": "get_image_features", "video": "get_video_features"}
+    sizes: ClassVar[Mapping[Modality, Mapping[str, str]]] = {
+        "image": {"image_sizes": "image_sizes", "batch_num_images": "batch_num_images"}
+    }
 
     def items(self, base: Model, modality: Modality, inputs: Mapping[str, Any]) -> list[VisualItem]:
         """Images like LLaVA-NeXT's; a video is its frames' grids and one newline."""

@@ -24,6 +24,10 @@ class Qwen2VL(Family):
 
     models = ("Qwen2VLForConditionalGeneration", "Qwen2VLModel")
     encoders: ClassVar[Mapping[Modality, str]] = {"image": "get_image_features", "video": "get_video_features"}
+    sizes: ClassVar[Mapping[Modality, Mapping[str, str]]] = {
+        "image": {"image_grid_thw": "image_grid_thw"},
+        "video": {"video_grid_thw": "video_grid_thw"},
+    }
     mrope = True
 
     def vision_tower(self, base: Model) -> nn.Module:

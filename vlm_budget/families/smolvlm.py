@@ -12,6 +12,6 @@ class SmolVLM(Idefics3):
 
     models = ("SmolVLMForConditionalGeneration", "SmolVLMModel")
 
-    def tiles(self, pixels: torch.Tensor) -> int:
-        """How many of [prompts, tiles, C, H, W] are encoded: an empty batch still has its first tile."""
-        return max(1, super().tiles(pixels))
+    def measure(self, name: str, given: torch.Tensor) -> torch.Tensor:
+        """[] int64, how many tiles are encoded: an empty batch still has its first."""
+        return super().measure(name, given).clamp_min(1)

@@ -5,9 +5,22 @@ right, and a Triton kernel. :func:`use` and ``VLM_BUDGET_KERNELS`` choose. Every
 operator (``torch.ops.vlm_budget.*``) with a fake kernel, so that ``torch.compile`` traces past it.
 """
 
+from .attention_rows import attention_rows as attention_rows
+from .compact import Compacted as Compacted
+from .compact import compact as compact
+from .compact import compaction_index as compaction_index
+from .compact import take_columns as take_columns
 from .dispatch import Mode as Mode
 from .dispatch import mode as mode
 from .dispatch import runs_kernel as runs_kernel
 from .dispatch import use as use
+from .greedy_diversity import greedy_diversity as greedy_diversity
+from .greedy_dpp import greedy_dpp as greedy_dpp
+from .nearest import assign as assign
+from .nearest import nearest as nearest
 from .quota import quota as quota
+from .received_attention import received_attention as received_attention
 from .segmented_topk import segmented_topk as segmented_topk
+from .weighted_merge import assigned_merge as assigned_merge
+from .weighted_merge import softmax_merge as softmax_merge
+from .weighted_merge import weighted_merge as weighted_merge

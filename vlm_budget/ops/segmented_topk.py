@@ -48,7 +48,7 @@ def segmented_topk(
         if counts and min(counts) < 0:
             raise KernelInputError(f"counts must be at least 0, got {counts}")
         total = sum(counts)
-        counts = torch.tensor(counts, dtype=torch.int32).to(device, non_blocking=True)
+        counts = torch.tensor(counts, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
     elif total is None:
         raise KernelInputError("counts on the device need total=, their sum: it is the length of what is returned")
     if not 0 <= total <= scores.numel():

@@ -1,0 +1,139 @@
+"""What one timed call of an operation is, and when its result counts as right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from .device import Call
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Largest relative difference in norm between kernel and reference, by the element type of what is added up."""
+
+Bound = Literal["memory", "matrix", "latency"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Widths of the inputs, those of a 7B model unless it is a trial.
+
+    Attributes:
+        device: Where the inputs live.
+        dtype: Of states and embeddings; scores are float32.
+        heads: Query heads.
+        head_dim: Width of one.
+        width: Of an embedding.
+        keep: Share of the tokens that stay, one in so many.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    heads: int = 32
+    head_dim: int = 128
+    width: int = 4096
+    keep: int = 5
+
+
+class DisagreementError(RuntimeError):
+    """A kernel does not give what its reference gives."""
+
+
+def difference(found: Any, wanted: Any, tolerance: float) -> float:
+    """Relative difference of two results, the largest over their tensors.
+
+    Raises:
+        DisagreementError: It exceeds the tolerance; whole numbers, shapes or types differ.
+    """
+    worst = 0.0
+    for place, (own, other) in enumerate(zip(tensors(found), tensors(wanted), strict=True)):
+        if own.shape != other.shape or own.dtype != other.dtype:
+            raise DisagreementError(f"output {place}: {own.shape} {own.dtype} instead of {other.shape} {other.dtype}")
+        if not own.is_floating_point():
+            wrong = int((own != other).sum())
+            if wrong:
+                raise DisagreementError(f"output {place}: {wrong} of {own.numel()} numbers differ")
+            continue
+        own, other = own.double(), other.double()
+        odd = int((own.isfinite() != other.isfinite()).sum())
+        own, other = own.nan_to_num(0, 0, 0), other.nan_to_num(0, 0, 0)
+        apart = float((own - other).norm() / other.norm().clamp_min(1e-30))
+        if odd or not apart <= tolerance:
+            raise DisagreementError(
+                f"output {place}: differs by {apart:.1e} in norm (at most {tolerance:.0e} is allowed), and "
+                f"{odd} entries are finite in one alone"
+            )
+        worst = max(worst, apart)
+    return worst
+
+
+def tensors(result: Any) -> list[torch.Tensor]:
+    """The tensors of a result, in order."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    parts = result if isinstance(result, (tuple, list)) else vars(result).values() if result is not None else ()
+    return [tensor for part in parts for tensor in tensors(part)] if not isinstance(result, (int, float, bool)) else []
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call, and what it must do at the least.
+
+    Attributes:
+        call: Runs the operation; :func:`vlm_budget.ops.use` decides which half.
+        bytes: Read and written.
+        flops: Multiplications and additions.
+        tolerance: Largest relative difference of floating-point results; whole numbers must be equal.
+        judge: Judges a result where several are right (of equal tokens either may be chosen) in place of the
+            comparison: how far it falls short of the best, to be below ``tolerance``.
+    """
+
+    call: Call
+    bytes: int
+    flops: int = 0
+    tolerance: float = TOLERANCE[torch.float32]
+    judge: Callable[[Any], torch.Tensor] | None = None
+
+    def compare(self, found: Any, wanted: Any) -> float:
+        """How far the kernel's result is from the reference's.
+
+        Raises:
+            DisagreementError: Too far.
+        """
+        if self.judge is None:
+            return difference(found, wanted, self.tolerance)
+        short = [float(self.judge(result)) for result in (found, wanted)]
+        if not short[0] <= max(self.tolerance, short[1]):
+            raise DisagreementError(f"falls short of the best by {short[0]:.1e}, the reference by {short[1]:.1e}")
+        return short[0]
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One entry of the table.
+
+    Attributes:
+        op: Name in :mod:`vlm_budget.ops`.
+        what: The inputs, in words.
+        bound: What limits the operation; ``latency`` where neither bytes nor FLOPs do.
+        make: ``(sizes, tokens, generator)`` to the work.
+        lists: The call is given lists of the host, which a CUDA graph cannot hold.
+    """
+
+    op: str
+    what: str
+    bound: Bound
+    make: Callable[[Sizes, int, torch.Generator], Work]
+    lists: bool = False
+
+
+def weight(*given: torch.Tensor | None) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in given if tensor is not None)
+
+
+def parts_of(tokens: int, parts: int) -> list[int]:
+    """Sizes of nearly equal parts of a row of tokens."""
+    return [tokens * (part + 1) // parts - tokens * part // parts for part in range(parts)]

@@ -75,7 +75,8 @@ class PruMerge(Pruner):
         kept = self._kept(ctx, attention, stay)
         kept = kept[partition[kept].argsort(stable=True)]
         grouped = ctx.there(ctx.item.partition.argsort(stable=True)[len(ctx.item.separators) :])
-        near, _ = nearest(keys, kept, self.neighbours, among=grouped, sizes=sizes, shares=stay, exclude_self=True)
+        most = min(self.neighbours, max(sizes) - 1)
+        near, _ = nearest(keys, kept, most, among=grouped, sizes=sizes, shares=stay, exclude_self=True)
         index = torch.cat([kept[:, None], near], 1)
         weights = torch.cat([attention.new_ones(len(kept), 1), attention[near.clamp_min(0)]], 1)
         if not any(extra):

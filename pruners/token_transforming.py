@@ -129,7 +129,7 @@ class TokenTransforming(Merge):
         keys, among = ctx.in_token_order(need).to(keep.device), ctx.candidates.to(keep.device)
         if self.exclusive:
             return project_mix(ctx, lambda hidden: self._averages(hidden, keys, keep, among))
-        if self.top is None:
+        if self.top is None or self.top >= len(among):
             return project_mix(
                 ctx,
                 lambda hidden: softmax_merge(

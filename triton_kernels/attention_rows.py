@@ -34,8 +34,7 @@ SCRATCH = 64 * 2**20
 """Bytes between the two launches, at most, unless one query alone needs more."""
 LOG2E = 1.4426950408889634
 WIDEST = 256
-"""Heads wider than this are read in pieces of 128. In float32, which no tensor core takes as it is, in pieces of 32:
-registers hold both factors of a product."""
+"""Heads wider than this are read in pieces, and so is float32, whose factors lie in registers."""
 BLOCK = 64
 """Keys per program of the second launch; divides the block of the first."""
 
@@ -139,7 +138,9 @@ def _block_softmax(
         if MASK == 2:
             addend = tl.load(mask + mask_at, mask=visible, other=0.0).to(tl.float32)
             # In base 2 the lowest float32 would overflow, and rows that add it everywhere are not empty.
-            logits += tl.where(addend < -2e38, tl.where(addend == float("-inf"), addend, -2e38), addend) * 1.4426950408889634
+            logits += (
+                tl.where(addend < -2e38, tl.where(addend == float("-inf"), addend, -2e38), addend) * 1.4426950408889634
+            )
         if first is not None:
             least = tl.load(first + batch * first_batch + index, mask=live, other=0)
             visible = visible & (at[None, :] >= least[:, None])
@@ -318,10 +319,12 @@ def attention_rows_triton(
 def _launched(given: Attended, scaling: float, out: torch.Tensor, reduce: str) -> None:
     """Both launches, for queries whose scratch memory fits."""
     (batch, heads, n, head), (_, shared, keys, _) = given.query.shape, given.key.shape
-    width = power_of_two(head, 16) if head <= WIDEST else 128
-    block = BLOCK if given.kind else max(BLOCK, min(128, 2**14 // width))  # a mask's addresses fill registers, too
+    width = power_of_two(head, 16) if head <= WIDEST else 64
+    # The addresses of a mask and the factors that no tensor core takes fill registers, too.
+    narrow = given.kind or head > WIDEST or given.key.dtype == torch.float32
+    block = BLOCK if narrow else max(BLOCK, min(128, 2**14 // width))
     if given.key.dtype == torch.float32:
-        width, block = min(width, 32), BLOCK
+        width = 16
     key_blocks, rows = blocks(keys, block), heads // shared * n
     weights = out if reduce == "none" else out.new_empty(batch, heads, n, keys)
     maxima = out.new_empty(batch, heads, n, key_blocks)
@@ -347,14 +350,14 @@ def specimens() -> Iterator[tuple[str, Callable[[], object]]]:
         query, key = torch.zeros(1, 8, 1 + turn % 3, head, dtype=dtype), torch.zeros(1, 2, 200, head, dtype=dtype)
         limit = torch.zeros(1, query.shape[2], dtype=torch.int32)
         kind = kinds[(turn + turn // 4) % 4]
-        mask = torch.zeros(1, 1, 1, 200, dtype=torch.bool if "bool" in kind else dtype)
+        flags = torch.zeros(1, 1, 1, 200, dtype=torch.bool if "bool" in kind else dtype) if len(kind) == 3 else None
 
         def call(
             query: torch.Tensor = query,
             key: torch.Tensor = key,
             first: torch.Tensor | None = limit if "first" in kind else None,
             stop: torch.Tensor | None = limit if "stop" in kind else None,
-            mask: torch.Tensor | None = mask if len(kind) == 3 else None,
+            mask: torch.Tensor | None = flags,
             reduce: str = ("mean", "max", "none")[turn % 3],
         ) -> object:
             return attention_rows_triton(query, key, 0.125, first, stop, mask, reduce)

@@ -226,7 +226,7 @@ def _copy(source, target, begin, end, alive, column, width):
 @device_function
 def _copy_level(source, target, mine, begin, end, alive, column, width):
     """Copy rows of a deepstack level, if there is one and it is this program's."""
-    if source is not None: - decided by the compiler, the other on the device
+    if source is not None:
         if mine:
             _copy(source, target, begin, end, alive, column, width)
 
@@ -248,7 +248,7 @@ def _payload(
     at = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
     column = part * COLUMNS + tl.arange(0, COLUMNS)
     wide = at.to(tl.int64)
-    if values is not None: - decided by the compiler, the other on the device
+    if values is not None:
         if plane == 0:
             alive = at < batch * slots
             row = (at // tl.maximum(slots, 1)).to(tl.int64)

@@ -69,7 +69,7 @@ def _choose(
     level += group * n
     left += group * n
     last += group * n
-    width = tl.cdiv(n, BLOCK) * BLOCK  # of the factor's rows, with zeros behind the tokens
+    width = tl.cdiv(n, BLOCK) * BLOCK  # of the factor's rows, so that all begin where wide loads can
     factor += group * PANEL * width
     chosen += group * k
     for step in range(begin, end):
@@ -144,6 +144,7 @@ def greedy_dpp_triton(features: torch.Tensor, log_quality: torch.Tensor, k: int)
     left = (directed & level.isfinite()).float()  # exactly one, so that equal tokens tie
     last = below_everything(log_quality)
     block = min(power_of_two(n, min(_CHOOSE)), max(_CHOOSE))
+    # Zeros, since what lies behind the last row and token is read, too, and multiplied by zero.
     factor = torch.zeros(groups, PANEL, blocks(n, block) * block, dtype=torch.float32, device=features.device)
     for begin in range(0, k, PANEL):
         end = min(begin + PANEL, k)

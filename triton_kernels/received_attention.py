@@ -97,7 +97,7 @@ def _normalisers(
             logits = products(q, tl.trans(k), WIDEN)
         else:
             logits = tl.zeros((QUERIES, KEYS), tl.float32)
-            for piece in tl.static_range(0, HEAD, WIDTH):
+            for piece in range(0, HEAD, WIDTH):
                 left = (piece + wide < HEAD)[None, :]
                 q = tl.load(query + piece + query_at, mask=live[:, None] & left, other=0.0)
                 k = tl.load(key + piece + key_at, mask=inside[:, None] & left, other=0.0)
@@ -175,7 +175,7 @@ def _given_to_keys(
             logits = products(k, tl.trans(q), WIDEN)
         else:
             logits = tl.zeros((KEYS, QUERIES), tl.float32)
-            for piece in tl.static_range(0, HEAD, WIDTH):
+            for piece in range(0, HEAD, WIDTH):
                 left = (piece + wide < HEAD)[None, :]
                 q = tl.load(query + piece + query_at, mask=live[:, None] & left, other=0.0)
                 k = tl.load(key + piece + key_at, mask=inside[:, None] & left, other=0.0)
@@ -250,8 +250,8 @@ def _tile(head: int, dtype: torch.dtype, mask: int) -> tuple[int, int, int]:
     """Width of a piece of a head, rows that a program holds, and those that it reads per turn."""
     if dtype == torch.float32:  # no tensor core takes it as it is: registers hold both factors of a product
         return min(power_of_two(head, 16), 32), 64, 32
-    width = power_of_two(head, 16) if head <= WIDEST else 128
-    if mask:  # its addresses fill registers, too
+    width = power_of_two(head, 16) if head <= WIDEST else 64
+    if mask or head > WIDEST:  # the addresses of a mask fill registers, too
         return width, 64, 32
     return width, 128 if width <= 128 else 64, 64
 

@@ -72,7 +72,8 @@ def _thresholds(scores, segment, counts, thresholds, cutoffs, n, BLOCK: tl.const
             counted -= tl.where(bins == BINS - 1, tl.sum((~mine).to(tl.int32), 0), 0)
         above = tl.sum(counted, 0) - tl.cumsum(counted, 0)  # scores in higher bins
         here = (above < left) & (above + counted >= left)
-        found = tl.maximum(tl.max(tl.where(here, bins, -1), 0), 0)  # too few in all: every one stays, from the lowest on
+        # Too few in all: every one stays, from the lowest on.
+        found = tl.maximum(tl.max(tl.where(here, bins, -1), 0), 0)
         left -= tl.sum(tl.where(bins == found, above, 0), 0)
         prefix = prefix | (found.to(tl.uint32) << shift)
         known = known | (tl.full((), 0xFF, tl.uint32) << shift)

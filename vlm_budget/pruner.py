@@ -65,6 +65,11 @@ def unprojected(rows: torch.Tensor) -> torch.Tensor:
     return rows
 
 
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on ``device``. The host does not wait for a copy to another device, only for one to itself."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
 @dataclass(frozen=True)
 class Context:
     """What a method sees of one item.
@@ -112,7 +117,7 @@ class Context:
 
     def there(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the host on ``device``; the host does not wait for the copy."""
-        return tensor.to(self.device, non_blocking=True)
+        return moved(tensor, self.device)
 
     def in_token_order(self, need: Attention) -> torch.Tensor:
         """[n] or [n, C] float32 of a need, partition by partition brought into token order; zeros for separators."""
@@ -127,7 +132,7 @@ class Context:
         return flat[rows].masked_fill(separator, float("-inf"))
 
     def _rows(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.item.place.to(device, non_blocking=True), self.partition.to(device) < 0
+        return moved(self.item.place, device), moved(self.item.partition < 0, device)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def test_a_query_sees_from_its_first_key_to_its_stop(run: Any, dtype: torch.dtyp
 
 
 MASKS = {
-    "padding": lambda: (torch.rand(2, 1, 1, 70) > 0.5),
+    "padding": lambda: torch.rand(2, 1, 1, 70) > 0.5,
     "expanded padding": lambda: (torch.rand(2, 1, 1, 70) > 0.5).expand(2, 4, 5, 70),
     "per query": lambda: torch.rand(2, 1, 5, 70) > 0.5,
     "per head": lambda: torch.rand(1, 4, 5, 70) > 0.5,
@@ -278,10 +278,7 @@ def test_lengths_are_not_compiled_in() -> None:
     for length in (63, 577, 2880):
         with _launch.recorded() as launches:
             attention_rows_triton(torch.zeros(1, 2, 1, 64), torch.zeros(1, 2, length, 64), 0.5)
-        fixed = [
-            {name: value for name, value in one.arguments.items() if name.isupper()}
-            for one in launches
-        ]
+        fixed = [{name: value for name, value in one.arguments.items() if name.isupper()} for one in launches]
         compiled.append(fixed)
         assert all(set(one.kernel.sizes) >= {"n", "keys", "key_blocks", "heads"} for one in launches)
     assert compiled[0] == compiled[1] == compiled[2]
@@ -299,9 +296,7 @@ def test_specimens_cover_every_element_type() -> None:
 
 
 @pytest.mark.parametrize(("name", "method"), [("llava", "hired"), ("llava", "prumerge"), ("qwen2_5_vl", "fastv")])
-def test_a_patched_model_scores_the_same_with_kernels(
-    name: str, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_patched_model_scores_the_same_with_kernels(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = build(name)
     ran: list[str] = []
     launch = _launch.Kernel.launch

@@ -133,7 +133,17 @@ def test_zero_keys_are_equally_far_and_broken_keys_near_to_none(which: Any) -> N
         assert ops.assign(keys, torch.tensor([1, 3])).tolist() == [0, 0, 0, 1, 0]
 
 
-def test_more_neighbours_than_the_kernel_takes_are_sorted_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_references_in_pieces_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, anchors = tied(111, 9)
+    groups = {"sizes": [60, 51], "shares": [4, 5], "among": torch.arange(111), "anchors": anchors.sort().values}
+    whole = *ops.nearest(keys, count=5, **groups), ops.assign(keys, **groups)
+    monkeypatch.setattr("vlm_budget.triton_kernels.nearest.ENTRIES", 130)
+    pieces = *ops.nearest(keys, count=5, **groups), ops.assign(keys, **groups)
+    for one, other in zip(whole, pieces, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_more_neighbours_than_the_kernel_takes_are_sorted_unless_it_is_named() -> None:
     keys, anchors = draw(111, 2)
     assert ops.nearest(keys, anchors, 100)[0].tolist() == by_hand(keys, anchors.tolist(), 100, list(range(111)))
     with ops.use("triton"), pytest.raises(KernelInputError, match="up to 64 neighbours, got count=65"):

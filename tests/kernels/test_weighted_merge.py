@@ -106,6 +106,13 @@ def test_softmax_over_some_with_keys_of_another_dtype(which: Any) -> None:
     torch.testing.assert_close(found.float(), matrix @ values[among].float(), **TOLERANCE[torch.bfloat16])
 
 
+def test_the_reference_in_pieces_mixes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, _ = draw(63, 5)
+    whole = ops.softmax_merge(values, values, torch.arange(9), 0.3)
+    monkeypatch.setattr("vlm_budget.triton_kernels.weighted_merge.ENTRIES", 130)
+    torch.testing.assert_close(ops.softmax_merge(values, values, torch.arange(9), 0.3), whole)
+
+
 @BOTH
 def test_softmax_of_zero_keys_and_equal_keys(which: Any) -> None:
     values = torch.arange(4.0)[:, None].expand(4, 3).contiguous()

@@ -20,6 +20,7 @@ from ..errors import PatchError
 from ..families.base import Family
 from ..layout import Modality, VisualLayout
 from ..plan import Plan
+from ..pruner import moved
 from ..request import PositionModes, Request
 from .account import Account
 from .arguments import grow_output
@@ -197,7 +198,7 @@ class Boundary:
             account.promises.settle()
         self.running.enter()
         earlier, past = cache_state(cache), self._cached(cache)
-        visual = {m: mask.to(embeds.device, non_blocking=True) for m, mask in getattr(local, "visual", {}).items()}
+        visual = {m: moved(mask, embeds.device) for m, mask in getattr(local, "visual", {}).items()}
         known = self._selection(visual, past, embeds) if visual else None
         prompt, length = self._is_prompt(past, visual), past + embeds.shape[1]
         if (known is None or known.keeps_all) and earlier is None:

@@ -13,7 +13,7 @@ import torch
 from ..decoder import Captured, DecoderContext, DecoderPruner
 from ..errors import SelectionError
 from ..layout import VisualItem
-from ..pruner import Selection
+from ..pruner import Selection, moved
 from .precision import exactly
 
 
@@ -68,12 +68,11 @@ class PromptTokens:
         """The same on another device."""
         if self.text.device == device:
             return self
-
-        def there(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        moved = [replace(item, alive=there(item.alive), columns=there(item.columns)) for item in self.items]
-        return replace(self, items=tuple(moved), text=there(self.text), instruction=there(self.instruction))
+        items = [
+            replace(item, alive=moved(item.alive, device), columns=moved(item.columns, device)) for item in self.items
+        ]
+        text, instruction = moved(self.text, device), moved(self.instruction, device)
+        return replace(self, items=tuple(items), text=text, instruction=instruction)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +168,7 @@ def _choose(pruner: DecoderPruner, tokens: PromptTokens, order: int, scene: Scen
         raise SelectionError(
             f"{pruner} promised {k} distinct tokens of {len(ctx.alive)} at layer {scene.layer}, and returned {fault}"
         )
-    keep = selection.keep.to(device, non_blocking=True)
+    keep = moved(selection.keep, device)
     rank = keep.argsort()
     return Selection(
         keep[rank], None if selection.values is None else selection.values[rank.to(selection.values.device)]

@@ -331,9 +331,7 @@ def _received_packed(shown: QueryKey, chunk: int, packed: Any) -> torch.Tensor:
     return total / (stop - first)
 
 
-def _mask_rows(
-    mask: Any, start: int, stop: int, query: torch.Tensor, key: torch.Tensor
-) -> torch.Tensor | None:
+def _mask_rows(mask: Any, start: int, stop: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
     """Rows ``start:stop`` of any mask transformers passes: None, 4-D, 2-D padding (flash), or a flex ``BlockMask``."""
     length, device = key.shape[2], query.device
     if mask is None:

@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import PatchError
 from ..layout import Modality, VisualLayout
 from ..plan import Plan
+from ..pruner import moved
 from .candidates import ItemTokens, PromptTokens, first
 from .reading import RowCounts
 from .selection import PromptSelection, PromptText
@@ -182,7 +183,7 @@ class Prompts:
     def _valid(self, ids: torch.Tensor) -> torch.Tensor:
         if self.mask is None:
             return torch.ones_like(ids, dtype=torch.bool)
-        return self.mask.to(ids.device, non_blocking=True).expand(len(ids), -1)
+        return moved(self.mask, ids.device).expand(len(ids), -1)
 
 
 @dataclass(frozen=True)

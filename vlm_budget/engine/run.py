@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..decoder import Captured
+from ..pruner import moved
 from .cache import CacheState, LayerGroup
 from .candidates import Passed, PromptTokens, Scene, step
 from .clock import Interval
@@ -302,7 +303,7 @@ class DropRun:
         """
         if self._counted:
             there = self._counted[0][0].device
-            kept = torch.stack([count.to(there, non_blocking=True) for count, _ in self._counted])
+            kept = torch.stack([moved(count, there) for count, _ in self._counted])
             promised = [count for _, count in self._counted]
             promises.expect(kept, promised, f"{self.dropper.pruner} promised rows of")
         if not self.prompts or self.segment is None:

@@ -11,7 +11,7 @@ import torch
 from ..errors import LayoutError, PlanError
 from ..layout import Modality, VisualItem, group_rows
 from ..plan import Plan
-from ..pruner import Attention, Context, Pruner, Selection, unprojected
+from ..pruner import Attention, Context, Pruner, Selection, moved, unprojected
 from .precision import as_the_model, exactly
 
 Project = Callable[[torch.Tensor], torch.Tensor]
@@ -219,7 +219,7 @@ def select(
             chosen = _select_item(pruner, seen, order, count, texts[index] if texts is not None else None)
             flag = torch.ones(seen.item.size, dtype=torch.bool, device=device)
             if chosen is not None:
-                flag = flag.zero_().index_fill_(0, chosen.keep.to(device, non_blocking=True), True)
+                flag = flag.zero_().index_fill_(0, moved(chosen.keep, device), True)
             flags[seen.item.modality][index].append(flag)
             merged[seen.item.modality][index].append(chosen)
             kept.append(flag.sum())
@@ -266,9 +266,7 @@ def _context(pruner: Pruner, seen: Seen, order: int, text: PromptText | None, de
         )
     if not len(text.ids):
         raise LayoutError(f"{pruner} ranks by the prompt's text, and the prompt has none. Add an instruction.")
-    return replace(
-        known, text=text.embeds.to(device, non_blocking=True), text_ids=text.ids.to(device, non_blocking=True)
-    )
+    return replace(known, text=moved(text.embeds, device), text_ids=moved(text.ids, device))
 
 
 def _pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -286,8 +284,8 @@ def _overlay(
         for flag, selection in zip(row_flags, row_chosen, strict=True):
             stop = start + len(flag)
             if selection is not None and selection.values is not None:
-                mine = selection.keep.to(table.device, non_blocking=True)
-                table[index, start:stop].index_copy_(0, mine, selection.values.to(table, non_blocking=True))
+                mine = moved(selection.keep, table.device)
+                table[index, start:stop].index_copy_(0, mine, moved(selection.values, table.device).to(table.dtype))
                 where[index, start:stop] = flag
             start = stop
     return table, where

@@ -11,9 +11,7 @@ from ..triton_kernels._launch import require_same_device
 from ..triton_kernels.attention_rows import Reduce, attention_rows_reference, attention_rows_triton
 from .dispatch import runs_kernel
 
-_SCHEMA = (
-    "(Tensor query, Tensor key, float scaling, Tensor? first, Tensor? stop, Tensor? mask, str reduce) -> Tensor"
-)
+_SCHEMA = "(Tensor query, Tensor key, float scaling, Tensor? first, Tensor? stop, Tensor? mask, str reduce) -> Tensor"
 
 
 @torch.library.custom_op("vlm_budget::attention_rows", mutates_args=(), schema=_SCHEMA)
@@ -57,7 +55,7 @@ def attention_rows(
 ) -> torch.Tensor:
     """Softmax rows of a few chosen queries over all keys, added and reduced in float32, without gradients.
 
-    A key is seen where the limits and the mask all say so. A row that sees none, or that holds infinity or NaN, is zero.
+    A key is seen where limits and mask all say so. A row that sees none, or that holds infinity or NaN, is zero.
 
     Args:
         query: [B, H, n, d], strided at will but for the last dimension.

@@ -12,9 +12,7 @@ from ..triton_kernels.received_attention import Over, received_attention_referen
 from .attention_rows import check_heads
 from .dispatch import runs_kernel
 
-_SCHEMA = (
-    "(Tensor query, Tensor key, float scaling, Tensor? first, Tensor? stop, Tensor? mask, str reduce) -> Tensor"
-)
+_SCHEMA = "(Tensor query, Tensor key, float scaling, Tensor? first, Tensor? stop, Tensor? mask, str reduce) -> Tensor"
 
 
 @torch.library.custom_op("vlm_budget::received_attention", mutates_args=(), schema=_SCHEMA)

@@ -78,8 +78,8 @@ class VisionZip(Pruner):
         places, strides, start, end = [], [], 0, len(ctx.separators)
         for size, own, others in zip(ctx.item.shown, merged, left, strict=True):
             end += size
-            places.append(torch.arange(end - others, end))
-            strides.append(start + torch.arange(own) * (others // max(own, 1)))
+            places.append(torch.arange(end - others, end, device="cpu"))
+            strides.append(start + torch.arange(own, device="cpu") * (others // max(own, 1)))
             start += others
         rest, targets = order[ctx.there(torch.cat(places))], ctx.there(torch.cat(strides))
         owner = assign(keys, rest[targets], among=rest, sizes=left, shares=merged)

@@ -29,6 +29,7 @@ OPERATIONS = (
     "attention_rows",
     "compact",
     "greedy_diversity",
+    "greedy_dpp",
     "nearest",
     "quota",
     "received_attention",

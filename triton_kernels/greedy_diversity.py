@@ -211,7 +211,7 @@ def _farthest(
 # Warps by padded size: 8 tokens per thread, and 16 where more threads would not be faster or do not exist.
 _FARTHEST = {
     block: kernel(Config(warps=warps, meta={"BLOCK": block}), sizes=("n", "k", "group_stride", "row_stride"))(_farthest)
-    for block, warps in ((1024, 4), (2048, 8), (4096, 16), (8192, 16), (16384, 32))
+    for block, warps in ((1024, 4), (2048, 16), (4096, 16), (8192, 16), (16384, 32))
 }
 
 

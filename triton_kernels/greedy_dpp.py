@@ -113,7 +113,7 @@ def _choose(
 _SIZES = ("n", "k", "begin", "end", "group_stride", "row_stride")
 _CHOOSE = {
     block: kernel(Config(warps=warps, meta={"BLOCK": block}), sizes=_SIZES)(_choose)
-    for block, warps in ((1024, 8), (2048, 16))
+    for block, warps in ((1024, 8), (2048, 8))
 }
 
 

@@ -228,7 +228,7 @@ def _merged(found, similarity, among, index, best, count, slots, BLOCK: tl.const
         place = where
 
 
-@kernel(Config(warps=4, stages=3))
+@kernel(Config(warps=4))
 def _owners(
     keys,
     lengths,

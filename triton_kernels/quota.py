@@ -7,6 +7,7 @@ largest, and a share's proportion is a quotient of integers. One program does it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -141,4 +142,4 @@ def specimens() -> Iterator[tuple[str, Callable[[], object]]]:
     for n in (5, MOST):
         for whole in (torch.int64, torch.int32):
             weights, caps = torch.ones(n, dtype=torch.float64), torch.ones(n, dtype=whole)
-            yield f"{n} shares, {whole} caps", lambda weights=weights, caps=caps: quota_triton(7, weights, caps)
+            yield f"{n} shares, {whole} caps", partial(quota_triton, 7, weights, caps)

@@ -26,6 +26,8 @@ BUILTINS = {
     "TaskError": ValueError,
     "DataError": ValueError,
     "RunError": RuntimeError,
+    "KernelInputError": ValueError,
+    "KernelUnavailableError": RuntimeError,
     "MissingExtraError": ImportError,
 }
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+import decoder_contexts as make
 import vlm_budget
 from tiny_models import build
 from vlm_budget import ops
+from vlm_budget.decoder import received_from
 from vlm_budget.engine import probes
 from vlm_budget.errors import KernelInputError, KernelUnavailableError
 from vlm_budget.ops import attention_rows, use
@@ -292,6 +295,20 @@ def test_specimens_cover_every_element_type() -> None:
     assert seen == {(dtype, width) for dtype in TOLERANCE for width in (64, 72, 80, 128)}
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["causal", "visible"])
+def test_methods_inside_the_language_model_see_the_same_attention_with_kernels(given: bool) -> None:
+    ctx = make.context(["ab", 9, "c", 7, "defgh"], order=1)
+    if given:
+        visible = torch.rand(len(ctx.hidden), len(ctx.hidden)) > 0.3
+        ctx = replace(ctx, captured=replace(ctx.captured, visible=visible))
+    for rows in (ctx.last, ctx.readers):
+        with use("reference"):
+            map_of, scores = ctx.attention(rows), received_from(ctx, rows)
+        with use("triton"):
+            torch.testing.assert_close(ctx.attention(rows), map_of, atol=3e-6, rtol=1e-5)
+            torch.testing.assert_close(received_from(ctx, rows), scores, atol=3e-6, rtol=1e-5)
+
+
 # --- in patched models -----------------------------------------------------------------------------------------------
 
 
@@ -304,7 +321,7 @@ def test_a_patched_model_scores_the_same_with_kernels(name: str, method: str, mo
     found = {}
     for which in ("reference", "triton"):
         ran.clear()
-        with ops.use(which), torch.no_grad(), vlm_budget.patch(tiny.model, method, 0.5):
+        with ops.use(which), torch.no_grad(), vlm_budget.patch(tiny.model, method, 0.8):
             found[which] = tiny.model(**tiny.clone()).logits
         assert ("_block_softmax" in ran) == (which == "triton")
     torch.testing.assert_close(found["triton"], found["reference"], atol=1e-4, rtol=1e-4)

@@ -59,14 +59,12 @@ def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-4) ->
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("length", SIZES)
 def test_kernel_equals_reference_equals_float64(length: int, dtype: torch.dtype) -> None:
-    if length > 577 and dtype != torch.bfloat16:
-        length = 300  # the interpreter takes its time
-    count = (1, 1) if length > 111 else (4, 2)
-    query, key = heads(1, count[0], length, 64, dtype), heads(1, count[1], length, 64, dtype)
+    count, n = ((1, 1), 111) if length > 577 else ((2, 1), length)  # the interpreter takes its time
+    query, key = heads(1, count[0], n, 64, dtype), heads(1, count[1], length, 64, dtype)
     wanted = exactly(query, key, 0.125)
     for run in (received_attention_reference, received_attention_triton):
         close(run(query, key, 0.125), wanted, TOLERANCE[dtype])
-    close(received_attention_reference(query, key, 0.125, reduce="sum"), wanted * length, 1e-3 * length)
+        close(run(query, key, 0.125, reduce="sum"), wanted * n, TOLERANCE[dtype] * n)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -76,7 +74,7 @@ def test_every_width_of_a_head(width: int, dtype: torch.dtype) -> None:
     close(received_attention_triton(query, key, width**-0.5), exactly(query, key, width**-0.5), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("lengths", [(1, 63), (7, 200), (200, 7), (130, 1)], ids=str)
+@pytest.mark.parametrize("lengths", [(1, 63), (7, 200), (2881, 7), (130, 1)], ids=str)
 def test_other_numbers_of_queries_than_keys(lengths: tuple[int, int]) -> None:
     query, key = heads(2, 2, lengths[0], 16), heads(2, 2, lengths[1], 16)
     close(received_attention_triton(query, key, 0.25), exactly(query, key, 0.25))
@@ -231,9 +229,8 @@ def test_the_host_reads_nothing_and_memory_grows_with_the_length() -> None:
     with _launch.recorded() as launches:
         assert received_attention_triton(query, key, 0.5, limit, limit).shape == (2, 2880)
     assert len(launches) == 2
-    given = [query, key, limit]
-    made = {id(value): value for one in launches for value in one.arguments.values() if isinstance(value, torch.Tensor)}
-    assert max(value.numel() for value in made.values() if value not in given and value.ndim < 4) <= 2 * 4 * 2880
+    made = [launches[1].arguments[name] for name in ("norms", "begins", "ends", "sums")]
+    assert max(tensor.numel() for tensor in made) <= 2 * 4 * 2880
 
 
 def test_specimens_cover_every_element_type() -> None:

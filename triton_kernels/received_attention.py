@@ -249,7 +249,7 @@ def received_attention_triton(
 def _tile(head: int, dtype: torch.dtype, mask: int) -> tuple[int, int, int]:
     """Width of a piece of a head, rows that a program holds, and those that it reads per turn."""
     if dtype == torch.float32:  # no tensor core takes it as it is: registers hold both factors of a product
-        return 16, 64, 32
+        return 16, 32, 32
     width = power_of_two(head, 16) if head <= WIDEST else 32
     if mask or head > WIDEST:  # the addresses of a mask fill registers, too
         return width, 64, 32

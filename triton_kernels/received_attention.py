@@ -37,9 +37,9 @@ def received_attention_reference(
     sums = query.new_zeros(query.shape[0], key.shape[2], dtype=torch.float32)
     for start in range(0, n, CHUNK):
         cut = slice(start, start + CHUNK)
-        limits = [None if limit is None else limit[:, cut] for limit in (first, stop)]
+        begin, end = (None if limit is None else limit[:, cut] for limit in (first, stop))
         part = mask if mask is None or mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., cut, :]
-        sums += attention_rows_reference(query[:, :, cut], key, scaling, *limits, part, "none").sum(2).mean(1)
+        sums += attention_rows_reference(query[:, :, cut], key, scaling, begin, end, part, "none").sum(2).mean(1)
     return sums if reduce == "sum" else sums / max(n, 1)
 
 

@@ -261,7 +261,7 @@ class AttentionSink:
             causal: The backend hides later keys where the mask does not say (None or 2-D).
         """
         interval = Interval(query.device)
-        shown = QueryKey(query.detach(), key.detach(), mask, scaling, causal)
+        shown = QueryKey(_in_rows(query.detach()), _in_rows(key.detach()), mask, scaling, causal)
         for kind in self.kinds:
             self._local.rows[kind].append(self._take(kind, shown, packed))
         self._local.intervals.append(interval.stop())
@@ -281,6 +281,11 @@ class AttentionSink:
         if kind == "joint_cls":
             return _joint_row(query[:, :, :1], key, mask, end)
         return attention_rows(query[:, :, index : index + 1], key, shown.scaling, stop=end, mask=mask)[:, 0]
+
+
+def _in_rows(heads: torch.Tensor) -> torch.Tensor:
+    """[..., d] as it is where each head lies in one piece, which kernels need, else a copy."""
+    return heads if heads.stride(-1) == 1 else heads.contiguous()
 
 
 def _joint_row(

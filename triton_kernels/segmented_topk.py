@@ -45,7 +45,7 @@ def _sortable(scores):
     """Unsigned numbers in the order of float32 scores; equal where they are equal, not-a-number above all."""
     scores = tl.where(scores == 0.0, 0.0, scores)  # minus zero equals zero
     bits = scores.to(tl.uint32, bitcast=True)
-    ordered = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+    ordered = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(scores != scores, 0xFFFFFFFF, ordered).to(tl.uint32)
 
 

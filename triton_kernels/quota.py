@@ -108,7 +108,7 @@ def _quota(weights, caps, shares, total, n, SLOTS: tl.constexpr):
 
 
 _quota_of_few = kernel(Config(warps=1), sizes=("total", "n"))(_quota)
-_quota_of_many = kernel(Config(warps=16), sizes=("total", "n"))(_quota)
+_quota_of_many = kernel(Config(warps=8), sizes=("total", "n"))(_quota)
 
 
 def quota_triton(total: int, weights: torch.Tensor, caps: torch.Tensor) -> torch.Tensor:

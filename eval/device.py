@@ -23,6 +23,12 @@ Call = Callable[[], Any]
 HEAD_START = 2_000_000
 """Clock cycles (about a millisecond) for which the device waits while the host issues what is timed."""
 
+SHARE = 250.0
+"""Milliseconds that one kind of timing of an operation may take; there are four kinds."""
+
+MOST = 20
+"""Timed repetitions, unless they would take longer than that."""
+
 SYNC = "called a synchronizing CUDA operation"
 """What torch says in ``torch.cuda.set_sync_debug_mode("warn")``."""
 
@@ -31,6 +37,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, quartiles and range."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {"median": middle, "q1": low, "q3": high, "min": min(values), "max": max(values), "runs": len(values)}
+
+
+def repetitions(ms: float) -> int:
+    """How often to time what takes so many milliseconds."""
+    return max(1, min(MOST, int(SHARE / max(ms, 1e-3))))
+
+
+def graph_size(ms: float) -> tuple[int, int]:
+    """Calls in a graph, and how often to time it, for calls of so many milliseconds."""
+    repeats = repetitions(ms)
+    return max(1, min(MOST, int(SHARE / max(ms, 1e-3) / (repeats + 1)))), repeats
 
 
 class Deadline:

@@ -22,11 +22,11 @@ LENGTHS = (2880, 5760, 16384)
 CASES: list[OpCase] = []
 
 
-def case(op: str, what: str, bound: Bound) -> Callable[[Any], Any]:
+def case(op: str, what: str, bound: Bound, lists: bool = False) -> Callable[[Any], Any]:
     """Add a function as an entry."""
 
     def add(make: Callable[[Sizes, int, torch.Generator], Work]) -> Any:
-        CASES.append(OpCase(op, what, bound, make))
+        CASES.append(OpCase(op, what, bound, make, lists))
         return make
 
     return add

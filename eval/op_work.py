@@ -1,14 +1,17 @@
-"""What one timed call of an operation is, and when its result counts as right."""
+"""What one timed call of an operation is, when its result counts as right, and how it is timed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from .device import Call
+from vlm_budget import ops
+from vlm_budget.triton_kernels._launch import Kernel
+
+from .device import Call, Stopwatch, drain, graph_size, repetitions, spread
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest relative difference in norm between kernel and reference, by the element type of what is added up."""
@@ -104,10 +107,12 @@ class Work:
         """
         if self.judge is None:
             return difference(found, wanted, self.tolerance)
-        short = [float(self.judge(result)) for result in (found, wanted)]
-        if not short[0] <= max(self.tolerance, short[1]):
-            raise DisagreementError(f"falls short of the best by {short[0]:.1e}, the reference by {short[1]:.1e}")
-        return short[0]
+        own = float(self.judge(found))
+        if not own <= self.tolerance:
+            other = float(self.judge(wanted))
+            if not own <= other:
+                raise DisagreementError(f"falls short of the best by {own:.1e}, the reference by {other:.1e}")
+        return own
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class OpCase:
         what: The inputs, in words.
         bound: What limits the operation; ``latency`` where neither bytes nor FLOPs do.
         make: ``(sizes, tokens, generator)`` to the work.
-        lists: The call is given lists of the host, which a CUDA graph cannot hold.
+        lists: The call copies lists from the host, which a CUDA graph cannot hold.
     """
 
     op: str
@@ -137,3 +142,80 @@ def weight(*given: torch.Tensor | None) -> int:
 def parts_of(tokens: int, parts: int) -> list[int]:
     """Sizes of nearly equal parts of a row of tokens."""
     return [tokens * (part + 1) // parts - tokens * part // parts for part in range(parts)]
+
+
+# --- times -----------------------------------------------------------------------------------------------------------
+
+
+def measured(works: Sequence[Work], watch: Stopwatch, kernels: ops.Mode, lists: bool = False) -> dict[str, Any]:
+    """Check an operation, then time it beside its reference, for about a second.
+
+    Calls are timed twenty times, longer ones as often as fits; every spread says how often.
+
+    Args:
+        works: The same on other inputs, so many that the cache holds none of them when its turn comes again.
+        watch: The device.
+        kernels: The half to be timed.
+        lists: See :class:`OpCase`.
+
+    Raises:
+        DisagreementError: It does not give what its reference gives, or not the same again.
+    """
+    calls = [work.call for work in works]
+    with ops.use("reference"):
+        wanted = [call() for call in calls[:2]]
+    with ops.use(kernels):
+        found = [call() for call in calls[:2]]
+        apart = max(work.compare(*pair) for work, *pair in zip(works[:2], found, wanted, strict=True))
+        cost = min(watch.wall(calls[0])[0] for _ in range(2))
+        repeats = repetitions(cost)
+        cold = watch.cold(calls, repeats, warmups=min(3, repeats // 4))
+        host = [watch.wall(calls[turn % len(calls)])[0] for turn in range(repeats)]
+        difference(calls[0](), found[0], 0.0)  # the same bits again: an error that moves is a race
+        replayed, why = (None, "copies lists from the host") if lists else _replayed(calls, watch, cost)
+    with ops.use("reference"):
+        repeats = repetitions(watch.wall(calls[0])[0])
+        reference = watch.cold(calls, repeats, warmups=min(1, repeats // 4))
+    with ops.use("auto"):
+        auto = launches(calls[0])
+    return {
+        "runs": "kernel" if kernels == "triton" else "reference",
+        "auto": "kernel" if auto else "reference",
+        "difference": apart,
+        "bytes": works[0].bytes,
+        "flops": works[0].flops,
+        "ms": {
+            "cold": spread(cold),
+            "replayed": spread(replayed) if replayed else None,
+            "with_host": spread(host),
+            "reference": spread(reference),
+        },
+        "not_replayed": why,
+        "times_faster": spread(reference)["median"] / spread(cold)["median"],
+    }
+
+
+def _replayed(calls: Sequence[Call], watch: Stopwatch, cost: float) -> tuple[list[float] | None, str | None]:
+    """Times of a CUDA graph of calls that cost so many milliseconds, or why there are none."""
+    try:
+        return watch.replayed(calls, *graph_size(cost)), None
+    except RuntimeError as error:
+        drain(watch.device)
+        return None, str(error).split("\n")[0][:200]
+
+
+def launches(call: Call) -> bool:
+    """Whether a call launches any kernel of ours, which tells the half that ran."""
+    launched: list[Kernel] = []
+    plain = Kernel.launch
+
+    def noted(self: Kernel, *args: Any, **meta: Any) -> None:
+        launched.append(self)
+        plain(self, *args, **meta)
+
+    Kernel.launch = noted  # type: ignore[method-assign]
+    try:
+        call()
+    finally:
+        Kernel.launch = plain  # type: ignore[method-assign]
+    return bool(launched)

@@ -62,7 +62,7 @@ class ClipRelevance:
         with torch.no_grad():
             normed = self.clip.vision_model.post_layernorm(hidden.to(weight))
             patches = unit_rows(self.clip.visual_projection(normed))
-            return -(patches @ unit_rows(self._text_features(ctx.text_ids)).T).mean(1).to(ctx.device)
+            return ctx.there(-(patches @ unit_rows(self._text_features(ctx.text_ids)).T).mean(1))
 
     def _text_features(self, ids: torch.Tensor) -> torch.Tensor:
         """[c, E] features of the instruction, cut into as many chunks as CLIP needs to read it all."""

@@ -67,7 +67,7 @@ class HiPrune(Pruner):
     def pick(self, ctx: Context, k: int) -> torch.Tensor:
         """Anchors, neighbours and the rest, partition by partition."""
         needs = [need for need in ctx.attention if need.kind == "received"]  # a merging stage may ask for more
-        objects, deep = (ctx.token_scores(need).to(ctx.device) for need in (needs[0], needs[-1]))
+        objects, deep = (ctx.there(ctx.token_scores(need)) for need in (needs[0], needs[-1]))
         item = ctx.item
         shares = equal_shares(item, k)
         anchors = segmented_topk(objects, ctx.partition, [round(self.alpha * share / 5) for share in shares])

@@ -33,9 +33,11 @@ import torch
 from vlm_budget.allocate import split
 from vlm_budget.budget import Budget
 from vlm_budget.errors import OptionError
+from vlm_budget.greedy import whole_numbers
 from vlm_budget.layout import Partition, VisualItem
 from vlm_budget.ops import quota, segmented_topk
 from vlm_budget.pruner import Attention, Context, Pruner, Tower, saliency
+from vlm_budget.transfer import counts_on, moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,17 +124,16 @@ class HiRED(Pruner):
             [partitions] int32, summing to ``k``.
         """
         device = content[0].device
-
         thumbnail = next((i for i, grid in enumerate(partitions) if grid.kind == "thumbnail"), None)
         if thumbnail is None:
-            return _counts(split(k, [float(n) for n in valid], valid), device)
+            return counts_on(device, split(k, [float(n) for n in valid], valid))
         crops = [i for i in range(len(partitions)) if i != thumbnail]
         pool = sum(valid[i] for i in crops)
         base = min(math.floor(self.alpha * k), valid[thumbnail])
         base = max(base, k - pool)  # what the crops cannot hold goes back to the thumbnail
-        under = patches_under(partitions[thumbnail], [partitions[i] for i in crops]).to(device, non_blocking=True)
+        under = moved(patches_under(partitions[thumbnail], [partitions[i] for i in crops]), device)
         weights = self._crop_content(content[thumbnail], under, len(crops))
-        shares = quota(k - base, weights, _counts([valid[i] for i in crops], device))
+        shares = quota(k - base, weights, counts_on(device, [valid[i] for i in crops]))
         return torch.cat([shares[:thumbnail], shares.new_full((1,), base), shares[thumbnail:]])
 
     def _crop_content(self, attention: torch.Tensor, under: torch.Tensor, crops: int) -> torch.Tensor:
@@ -141,14 +142,8 @@ class HiRED(Pruner):
             top = int(len(mass) * (1 - self.alpha)) if self.count_top is None else self.count_top
             hits = mass.argsort(descending=True, stable=True)[: max(top, 1)]  # unlike topk, ties go to the earlier
             mass = torch.zeros_like(mass).index_fill_(0, hits, 1.0)
-        # Added up in whole numbers, a power of two apart from the attention: the same in any order, on every device.
-        above = torch.frexp(mass.amax()).exponent
-        whole = (mass * torch.exp2(62.0 - len(mass).bit_length() - above.double())).long()
+        whole = whole_numbers(mass)  # the sums are the same in any order, on every device
         return whole.new_zeros(crops + 1).index_add_(0, under, whole)[:crops].double()
-
-
-def _counts(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
 
 
 def patches_under(thumbnail: Partition, crops: Sequence[Partition]) -> torch.Tensor:

@@ -33,6 +33,7 @@ from vlm_budget.allocate import split
 from vlm_budget.errors import OptionError
 from vlm_budget.ops import segmented_topk
 from vlm_budget.pruner import Attention, Context, Pruner, Tower, saliency
+from vlm_budget.transfer import moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class HoloV(Pruner):
     def pick(self, ctx: Context, k: int) -> torch.Tensor:
         """Quotas per chunk of every partition, then the most attended tokens of each chunk."""
         item = ctx.item
-        scores = ctx.token_scores(next(iter(ctx.attention))).to(ctx.device)
+        scores = ctx.there(ctx.token_scores(next(iter(ctx.attention))))
         members = [(item.partition == index).nonzero().flatten() for index in range(len(item.partitions))]
         shown = [(t, n) for t, n in zip(members, split(k, item.shown, item.shown), strict=True) if n]
         chunks = [chunk_of(len(tokens), self.chunks) for tokens, _ in shown]
@@ -113,7 +114,7 @@ def similarity_variance(features: torch.Tensor, chunk: torch.Tensor) -> torch.Te
     sizes = torch.bincount(chunk)
     place = torch.arange(len(chunk), device="cpu") - (sizes.cumsum(0) - sizes)[chunk]
     padded = features.new_zeros(len(sizes), int(sizes.max()), features.shape[-1], dtype=torch.float32)
-    chunk, place, sizes = (index.to(features.device, non_blocking=True) for index in (chunk, place, sizes))
+    chunk, place, sizes = (moved(index, features.device) for index in (chunk, place, sizes))
     padded[chunk, place] = normalize(features.float(), dim=-1)
     similarity = padded @ padded.transpose(1, 2)  # padding is similar to nothing: its products are 0
     count = sizes[:, None]

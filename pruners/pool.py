@@ -17,6 +17,7 @@ import torch
 from vlm_budget.allocate import split
 from vlm_budget.ops import segmented_topk
 from vlm_budget.pruner import Context, Pruner, Selection
+from vlm_budget.transfer import moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ def cell_means(features: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
     place = torch.arange(len(order), device="cpu") - (sizes.cumsum(0) - sizes)[cell[order]]
     index = torch.full((len(sizes), int(sizes.max())), -1, device="cpu")
     index[cell[order], place] = order
-    index, sizes = (tensor.to(features.device, non_blocking=True) for tensor in (index, sizes))
+    index, sizes = (moved(tensor, features.device) for tensor in (index, sizes))
     # Gathered and summed in a fixed order: adding by index would round differently from run to run on a GPU.
     gathered = features[index.clamp_min(0)].float() * (index >= 0)[..., None]
     return (gathered.sum(1) / sizes[:, None]).to(features.dtype)

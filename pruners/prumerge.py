@@ -33,6 +33,8 @@ from vlm_budget.ops import assigned_merge, nearest, segmented_topk, weighted_mer
 from vlm_budget.pruner import Attention, Context, Pruner, Selection, Tower
 from vlm_budget.pruners.token_transforming import project_mix
 from vlm_budget.pruners.uniform import evenly
+from vlm_budget.pruners.visionzip import rest_by_partition
+from vlm_budget.transfer import moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class PruMerge(Pruner):
 
     def pick(self, ctx: Context, k: int) -> Selection:
         """Kept tokens of every partition, and what merges into them."""
-        attention, keys = (ctx.in_token_order(need).to(ctx.device) for need in ctx.attention)
+        attention, keys = (ctx.there(ctx.in_token_order(need)) for need in ctx.attention)
         partition, sizes = ctx.partition, ctx.item.shown
         counts = split(k, sizes, sizes)
         extra = [int(1 < count < size) for count, size in zip(counts, sizes, strict=True)]
@@ -86,7 +88,9 @@ class PruMerge(Pruner):
 
         def mix(hidden: torch.Tensor) -> torch.Tensor:
             of_dropped = assigned_merge(hidden, dropped, attention, len(sizes))
-            return torch.cat([weighted_merge(hidden, index, weights), of_dropped[partition[first].to(hidden.device)]])
+            return torch.cat(
+                [weighted_merge(hidden, index, weights), of_dropped[moved(partition[first], hidden.device)]]
+            )
 
         return Selection(torch.cat([kept, first]), project_mix(ctx, mix))
 
@@ -118,13 +122,11 @@ class PruMergePlus(PruMerge):
     def _kept(self, ctx: Context, attention: torch.Tensor, counts: list[int]) -> torch.Tensor:
         top = [int(self.attended * count + 0.5) for count in counts]
         attended = segmented_topk(attention, ctx.partition, top)
-        taken = torch.zeros_like(ctx.partition).index_fill_(0, attended, 1)
-        order = (2 * ctx.partition - taken).argsort(stable=True)  # by partition, the attended ones in front
-        places, start = [], len(ctx.separators)
+        places, start = [], 0
         for size, count, first in zip(ctx.item.shown, counts, top, strict=True):
-            places.append(start + first + evenly(count - first, size - first))
-            start += size
-        return torch.cat([attended, order[ctx.there(torch.cat(places))]])
+            places.append(start + evenly(count - first, size - first))
+            start += size - first
+        return torch.cat([attended, rest_by_partition(ctx, attended)[ctx.there(torch.cat(places))]])
 
 
 def adaptive_ratio(attention: torch.Tensor) -> float:

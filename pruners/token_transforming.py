@@ -126,7 +126,7 @@ class TokenTransforming(Merge):
     def merge(self, ctx: Context, keep: torch.Tensor) -> torch.Tensor:
         """Mix over all the item's candidates: partitions of an any-resolution image share one matrix."""
         need = [need for need in ctx.attention if need.kind == "keys"][-1]  # the stage's own come behind the method's
-        keys, among = ctx.in_token_order(need).to(keep.device), ctx.candidates.to(keep.device)
+        keys, among = ctx.there(ctx.in_token_order(need)), ctx.candidates
         if self.exclusive:
             return project_mix(ctx, lambda hidden: self._averages(hidden, keys, keep, among))
         if self.top is None or self.top >= len(among):

@@ -63,29 +63,31 @@ class VisionZip(Pruner):
     def pick(self, ctx: Context, k: int) -> Selection:
         """Dominant and contextual tokens of every partition."""
         attention, mean_keys = ctx.attention
-        scores, keys = ctx.token_scores(attention).to(ctx.device), ctx.in_token_order(mean_keys).to(ctx.device)
+        scores, keys = ctx.there(ctx.token_scores(attention)), ctx.there(ctx.in_token_order(mean_keys))
         counts = equal_shares(ctx.item, k)
         merged = [int(self.contextual * count + 0.5) for count in counts]
         dominant = segmented_topk(scores, ctx.partition, [n - m for n, m in zip(counts, merged, strict=True)])
         values = ctx.features[dominant]
         if not any(merged):
             return Selection(dominant, values)
-        taken = torch.zeros_like(ctx.partition).index_fill_(0, dominant, 1)
-        order = (2 * ctx.partition - taken).argsort(stable=True)  # by partition, the dominant ones in front
-        left = [
-            size - count + own if own else 0 for size, count, own in zip(ctx.item.shown, counts, merged, strict=True)
-        ]
-        places, strides, start, end = [], [], 0, len(ctx.separators)
-        for size, own, others in zip(ctx.item.shown, merged, left, strict=True):
-            end += size
-            places.append(torch.arange(end - others, end, device="cpu"))
-            strides.append(start + torch.arange(own, device="cpu") * (others // max(own, 1)))
-            start += others
-        rest, targets = order[ctx.there(torch.cat(places))], ctx.there(torch.cat(strides))
+        left = [size - count + own for size, count, own in zip(ctx.item.shown, counts, merged, strict=True)]
+        places, strides, start, end = [], [], 0, 0
+        for index, own in enumerate(merged):
+            end += left[index]
+            left[index] *= own > 0  # partitions without contextual tokens have nothing to merge into
+            places.append(torch.arange(end - left[index], end, device="cpu"))
+            strides.append(start + torch.arange(own, device="cpu") * (left[index] // max(own, 1)))
+            start += left[index]
+        rest, targets = rest_by_partition(ctx, dominant)[ctx.there(torch.cat(places))], ctx.there(torch.cat(strides))
         owner = assign(keys, rest[targets], among=rest, sizes=left, shares=merged)
         weights = contextual_weights(owner, targets)
         mixed = project_mix(ctx, lambda hidden: assigned_merge(hidden, owner, weights, len(targets), among=rest))
         return Selection(torch.cat([dominant, rest[targets]]), torch.cat([values, mixed]))
+
+
+def rest_by_partition(ctx: Context, taken: torch.Tensor) -> torch.Tensor:
+    """[r] int64 ascending positions of the candidates that are not among ``taken``, partition by partition."""
+    return ctx.partition.index_fill(0, taken, -1).argsort(stable=True)[len(ctx.separators) + len(taken) :]
 
 
 def contextual_weights(owner: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

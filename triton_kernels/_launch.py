@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from subprocess import CalledProcessError
+from threading import Lock
 from typing import Any
 
 import torch
@@ -40,6 +42,16 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 2**31 - 1
 """Sizes and counts are 32-bit in the kernels; addresses are 64-bit."""
 
+_MISSING = {
+    "Failed to find C compiler": "Triton builds a launcher for each kernel and finds no C compiler. Install gcc or "
+    "clang (or name a compiler in the environment variable CC)",
+    "0 active drivers": "Triton finds no driver of an NVIDIA GPU. Install one, and a torch that is built for CUDA",
+}
+_FAILED = (
+    "the C compiler with which Triton builds launchers failed; its messages are above. It needs Python's header "
+    "files: install them (python3-dev)"
+)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -72,6 +84,8 @@ class Launch:
 
 
 _recorder: list[Launch] | None = None
+_timing = Lock()
+"""Held while configurations are timed: Triton's tuner is not made for threads, and they would slow each other."""
 
 
 @contextmanager
@@ -88,8 +102,19 @@ def recorded() -> Iterator[list[Launch]]:
 class Kernel:
     """A Triton kernel and its configurations.
 
-    With several configurations, the first launch for every new value of ``key`` times them all on the device. ``key``
-    names widths (a head's, a row's), never lengths: another resolution uses what was found.
+    With several configurations, the first launch for every new value of ``key`` times them all on the device, which
+    waits for it; later ones do not. ``key`` names widths (a head's, a row's), never lengths: another resolution uses
+    what was found. Which one is fastest may differ from run to run, so they must not differ in what they compute.
+
+    Attributes:
+        name: The function's.
+        function: The function in Triton's dialect.
+        configs: At least one; the first is launched where none can be timed.
+        key: Parameters whose values a tuned choice depends on.
+        sizes: Integer parameters that vary from call to call.
+        parameters: Names of all parameters.
+        jit: Triton's form of the function; None without Triton.
+        tunes: Launches choose by timing; the interpreter takes the first configuration.
     """
 
     def __init__(
@@ -98,13 +123,12 @@ class Kernel:
         self.name = function.__name__
         self.function = function
         self.configs = tuple(configs)
+        self.key = tuple(key)
         self.sizes = tuple(sizes)
         self.parameters = tuple(inspect.signature(function).parameters)
         self.jit: Any = None if triton is None else triton.jit(function, do_not_specialize=list(sizes))
-        self._tuned: Any = None
-        if triton is not None and len(self.configs) > 1 and not self.interpreted:
-            choices = [triton.Config(dict(c.meta), num_warps=c.warps, num_stages=c.stages) for c in self.configs]
-            self._tuned = triton.autotune(configs=choices, key=list(key))(self.jit)
+        self.tunes = len(self.configs) > 1 and not self.interpreted
+        self._fastest: dict[tuple[Any, ...], Config] = {}
 
     @property
     def interpreted(self) -> bool:
@@ -120,21 +144,64 @@ class Kernel:
             meta: ``constexpr`` values that no configuration sets.
 
         Raises:
-            KernelUnavailableError: It cannot run here.
+            KernelUnavailableError: It cannot run here; the message says what is missing.
         """
         if _recorder is not None:
-            named = {**dict(zip(self.parameters, args, strict=False)), **meta}
+            named = self._named(args, meta)
             _recorder.extend(Launch(self, {**named, **config.meta}, config) for config in self.configs)
             return
         tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
         require_runnable(self.name, tensor.device, self.interpreted)
-        with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
-            if self._tuned is not None:
-                self._tuned[grid](*args, **meta)
-                return
-            config = self.configs[0]
-            options = {} if self.interpreted else {"num_warps": config.warps, "num_stages": config.stages}
-            self.jit[grid](*args, **meta, **config.meta, **options)
+        try:
+            with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+                config = self._chosen(grid, args, meta) if self.tunes else self.configs[0]
+                options = {} if self.interpreted else {"num_warps": config.warps, "num_stages": config.stages}
+                self.jit[grid](*args, **meta, **config.meta, **options)
+        except (RuntimeError, CalledProcessError) as error:
+            if (reason := _missing(error)) is None:
+                raise
+            raise KernelUnavailableError(
+                f"the kernel {self.name} cannot be launched: {reason}, or set VLM_BUDGET_KERNELS=reference."
+            ) from error
+
+    def _named(self, args: Sequence[Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self.parameters, args, strict=False)), **meta}
+
+    def _chosen(self, grid: Any, args: Sequence[Any], meta: Mapping[str, Any]) -> Config:
+        """The fastest configuration for these widths and element types."""
+        named = self._named(args, meta)
+        kinds = (value.dtype for value in named.values() if isinstance(value, torch.Tensor))
+        key = (*(named[name] for name in self.key), *kinds)
+        if key not in self._fastest:
+            if _capturing():
+                return self.configs[0]
+            with _timing:
+                if key not in self._fastest:
+                    try:
+                        self._fastest[key] = self._timed(grid, args, meta)
+                    except torch.OutOfMemoryError:  # between timings 256 MB are written, to empty the caches
+                        return self.configs[0]
+        return self._fastest[key]
+
+    def _timed(self, grid: Any, args: Sequence[Any], meta: Mapping[str, Any]) -> Config:
+        choices = [triton.Config(dict(c.meta), num_warps=c.warps, num_stages=c.stages) for c in self.configs]
+        # Made here, not at import, where Triton 3.2 would look for a driver; not kept, since it may hold tensors.
+        tuner = triton.autotune(configs=choices, key=list(self.key))(self.jit)
+        tuner[grid](*args, **meta)
+        best = tuner.best_config
+        return Config(best.num_warps, best.num_stages, best.kwargs)
+
+
+def _missing(error: Exception) -> str | None:
+    """What a launch lacks and where to get it, if that is why it failed."""
+    if isinstance(error, CalledProcessError):
+        return _FAILED
+    return next((reason for words, reason in _MISSING.items() if words in str(error)), None)
+
+
+def _capturing() -> bool:
+    """A CUDA graph is being captured, and nothing can be timed."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def kernel(
@@ -143,8 +210,8 @@ def kernel(
     """Make a function in Triton's dialect a :class:`Kernel`.
 
     Args:
-        configs: At least one.
-        key: Parameters whose values a tuned choice depends on; element types always count.
+        configs: At least one. Several only where they compute the same to the last bit.
+        key: Parameters whose values a tuned choice depends on, widths; element types always count.
         sizes: Integer parameters that vary from call to call (lengths, counts): no value of theirs is compiled in.
     """
     return lambda function: Kernel(function, configs or (Config(),), key, sizes)

@@ -32,7 +32,6 @@ from ._launch import (
 Reduce = Literal["mean", "sum", "max", "none"]
 SCRATCH = 64 * 2**20
 """Bytes between the two launches, at most, unless one query alone needs more."""
-LOG2E = 1.4426950408889634
 WIDEST = 256
 """Heads wider than this are read in pieces, and so is float32, whose factors lie in registers."""
 BLOCK = 64
@@ -48,7 +47,12 @@ def attention_rows_reference(
     mask: torch.Tensor | None = None,
     reduce: str = "mean",
 ) -> torch.Tensor:
-    """What is right; see :func:`vlm_budget.ops.attention_rows`."""
+    """What is right; see :func:`vlm_budget.ops.attention_rows`.
+
+    Raises:
+        KernelInputError: No heads, or a mask of integers.
+    """
+    require_sense(query, mask)
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     logits = (query.float() @ key.float().transpose(-1, -2)) * scaling
@@ -61,6 +65,18 @@ def attention_rows_reference(
     if reduce == "none":
         return rows
     return rows.amax(1) if reduce == "max" else rows.sum(1) if reduce == "sum" else rows.mean(1)
+
+
+def require_sense(query: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Refuse what has no meaning, on any device.
+
+    Raises:
+        KernelInputError: No heads to take a mean of, or a mask of integers, which may be flags or addends.
+    """
+    if not query.shape[1]:
+        raise KernelInputError(f"query must have at least one head, got shape {list(query.shape)}")
+    if mask is not None and not mask.dtype.is_floating_point:
+        require_dtype((torch.bool, *FLOATS), mask=mask)
 
 
 def between(first: torch.Tensor | None, stop: torch.Tensor | None, length: int) -> torch.Tensor | None:
@@ -97,7 +113,7 @@ def _block_softmax(
     HEAD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr,
     UNIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Of one block of keys of one key head: exp2(logit - m) of every query row, with m and the sum per row.
+    """Of one block of keys of one key head: exp(logit - m) of every query row, with m and the sum per row.
 
     ``heads`` counts key heads, ``rows`` the query rows that share one (``group * n``, heads outside), ``MASK`` is 0 for
     none, 1 for flags, 2 for addends. Strides of queries and keys come divided by ``UNIT``, so that the compiler knows
@@ -136,11 +152,7 @@ def _block_softmax(
         if MASK == 1:
             visible = visible & (tl.load(mask + mask_at, mask=visible, other=0) != 0)
         if MASK == 2:
-            addend = tl.load(mask + mask_at, mask=visible, other=0.0).to(tl.float32)
-            # In base 2 the lowest float32 would overflow, and rows that add it everywhere are not empty.
-            logits += (
-                tl.where(addend < -2e38, tl.where(addend == float("-inf"), addend, -2e38), addend) * 1.4426950408889634
-            )
+            logits += tl.load(mask + mask_at, mask=visible, other=0.0).to(tl.float32)
         if first is not None:
             least = tl.load(first + batch * first_batch + index, mask=live, other=0)
             visible = visible & (at[None, :] >= least[:, None])
@@ -149,7 +161,7 @@ def _block_softmax(
             visible = visible & (at[None, :] < end[:, None])
         logits = tl.where(visible, logits, float("-inf"))
         peak = tl.max(logits, 1)
-        weight = tl.exp2(logits - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
+        weight = tl.exp(logits - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
         slot = pair * rows + row
         tl.store(weights + slot[:, None] * keys + at[None, :], weight, mask=live[:, None] & inside[None, :])
         tl.store(maxima + slot * key_blocks + block, peak, mask=live)
@@ -189,9 +201,9 @@ def _heads_reduced(
             mass = tl.load(sums + row[:, None] * key_blocks + which[None, :], mask=known, other=0.0)
             highest = tl.maximum(peak, tl.max(high, 1))
             level = tl.where(highest == float("-inf"), 0.0, highest)
-            total = total * tl.exp2(peak - level) + tl.sum(mass * tl.exp2(high - level[:, None]), 1)
+            total = total * tl.exp(peak - level) + tl.sum(mass * tl.exp(high - level[:, None]), 1)
             peak = highest
-        scale = tl.exp2(tl.load(maxima + row * key_blocks + own, mask=live, other=float("-inf")) - level) / total
+        scale = tl.exp(tl.load(maxima + row * key_blocks + own, mask=live, other=float("-inf")) - level) / total
         # The total of a row without visible keys is zero, that of one with NaN or infinity is not a number.
         weight = tl.where((total > 0)[:, None], weight * scale[:, None], 0.0)
         if REDUCE == 0:
@@ -250,6 +262,7 @@ def attended(
     require_dtype(FLOATS, query=query, key=key)
     require_same_device(query=query, key=key, first=first, stop=stop, mask=mask)
     require_rows(query=query, key=key)
+    require_sense(query, mask)
     (batch, heads, n, width), (_, shared, keys, _) = query.shape, key.shape
     require_shape((batch, None, None, width), key=key)
     require_int32(queries=heads * n, keys=keys, programs=batch * heads * (n + 1) * blocks(keys, 16))
@@ -332,14 +345,14 @@ def _launched(given: Attended, scaling: float, out: torch.Tensor, reduce: str) -
     _block_softmax.launch(
         (batch * shared * key_blocks,),
         *given[:5], weights, maxima, sums,
-        scaling * LOG2E, rows, n, heads // shared, shared, keys, key_blocks, *given.strides(),
+        scaling, rows, n, heads // shared, shared, keys, key_blocks, *given.strides(),
         HEAD=head, WIDTH=width, ROWS=16 if rows <= 16 else 32, KEYS=block, MASK=given.kind, UNIT=given.unit,
         WIDEN=_block_softmax.interpreted,
     )  # fmt: skip
     _heads_reduced.launch(
         (batch * n * blocks(keys, BLOCK),),
         weights, maxima, sums, out, float(heads if reduce == "mean" else 1), n, heads, keys, key_blocks, block,
-        out.stride(0), HEADS=32, BLOCK=BLOCK, CHUNK=64, REDUCE={"max": 1, "none": 2}.get(reduce, 0),
+        out.stride(0), HEADS=32, BLOCK=BLOCK, CHUNK=32, REDUCE={"max": 1, "none": 2}.get(reduce, 0),
     )  # fmt: skip
 
 

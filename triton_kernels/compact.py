@@ -1,8 +1,8 @@
 """Compaction: the kept columns of a ragged batch, packed side by side and padded, and the way back.
 
-An index launch finds out by prefix sums, without a sort, which column every slot takes and which slot every column is
-grown from. A payload launch then copies embeddings, positions, flags and the rows of deepstack features to their
-places, in tiles of eight kilobytes whose bits are not looked at. Growing an output is that launch with another index.
+An index launch finds by prefix sums, without a sort, which column every slot takes and which slot every column is grown
+from. A payload launch then copies embeddings, positions, flags and deepstack rows to their places, in tiles of eight
+kilobytes whose bits are not looked at. Growing an output is that launch with another index.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def compact_reference(
         if deepstack:
             if keep.device.type == "cpu" and (found := int((visual & keep).sum())) != rows:
                 raise KernelInputError(f"{rows} visual columns were said to be kept, and {found} are")
-            source = visual_rows_reference(visual, keep, rows)
+            source = visual_rows_reference(visual, keep, rows).clamp_max(len(deepstack[0]) - 1)
             taken += [level.index_select(0, source) for level in deepstack]
     return taken
 
@@ -108,11 +108,12 @@ def _require_matching(
     if visual is not None:
         require_dtype((torch.bool,), visual=visual)
         require_shape(embeds.shape[:2], visual=visual)
-    if deepstack and (visual is None or not 0 <= rows <= visual.numel()):
-        raise KernelInputError(f"deepstack keeps {rows} rows of visual columns: pass visual= with as many or more")
     for name, level in named.items():
-        require_shape((None, deepstack[0].shape[1]), **{name: level})
+        require_shape((None, None), **{name: level})
+        require_shape(deepstack[0].shape, **{name: level})
         require_dtype((deepstack[0].dtype,), **{name: level})
+    if deepstack and (visual is None or not 0 <= rows <= min(visual.numel(), len(deepstack[0]))):
+        raise KernelInputError(f"deepstack keeps {rows} rows: pass visual= and levels with as many or more")
 
 
 def visual_rows_reference(visual: torch.Tensor, keep: torch.Tensor, rows: int) -> torch.Tensor:
@@ -173,9 +174,8 @@ def compaction_index_triton(keep: torch.Tensor, slots: int, right_padded: bool) 
     valid = torch.empty(batch, slots, dtype=torch.bool, device=keep.device)
     source = torch.empty(batch, length, dtype=torch.int64, device=keep.device)
     if keep.numel():
-        tensors = (_bits(keep), index, _bits(valid), source)
-        grid = (batch, blocks(length, BLOCK))
-        _index.launch(grid, *tensors, slots, length, keep.stride(0), RIGHT=right_padded, BLOCK=BLOCK)
+        given = (_bits(keep), index, _bits(valid), source, slots, length, keep.stride(0))
+        _index.launch((batch, blocks(length, BLOCK)), *given, RIGHT=right_padded, BLOCK=BLOCK)
     return index, valid, source
 
 
@@ -189,9 +189,9 @@ def require_slots(slots: int, length: int) -> None:
         raise KernelInputError(f"slots must lie between 0 and the {length} columns of a row, got {slots}")
 
 
-@kernel(Config(warps=8), sizes=("columns", "rows"))
-def _visual_rows(visual, keep, source, columns, rows, BLOCK: tl.constexpr):
-    """One block of the batch's columns: the ranks of those that are visual and kept."""
+@kernel(Config(warps=8), sizes=("columns", "rows", "most"))
+def _visual_rows(visual, keep, source, columns, rows, most, BLOCK: tl.constexpr):
+    """One block of the batch's columns: the ranks of those that are visual and kept, at most ``most``."""
     begin = tl.program_id(0) * BLOCK
     lane = tl.arange(0, BLOCK)
     ranked = tl.zeros((), tl.int32)  # visual columns in front of the block
@@ -205,7 +205,7 @@ def _visual_rows(visual, keep, source, columns, rows, BLOCK: tl.constexpr):
     inside = at < columns
     flags = tl.load(visual + at, mask=inside, other=0).to(tl.int32)
     stays = flags & tl.load(keep + at, mask=inside, other=0).to(tl.int32)
-    rank = ranked + tl.cumsum(flags, 0) - 1
+    rank = tl.minimum(ranked + tl.cumsum(flags, 0) - 1, most)
     place = kept + tl.cumsum(stays, 0) - 1
     tl.store(source + place, rank.to(tl.int64), mask=(stays != 0) & (place < rows))
     # Where more were promised than are kept, the last block makes the rest point at what can be read.
@@ -232,7 +232,8 @@ def _copy_level(source, target, mine, begin, end, alive, column, width):
 
 
 # fmt: off
-@kernel(Config(warps=4), sizes=("batch", "slots", "rows", "axes", "position_axis", "position_batch", "flag_batch"))
+@kernel(Config(warps=4), Config(warps=8), Config(warps=2), key=("width", "level_width"),
+        sizes=("batch", "slots", "rows", "axes", "position_axis", "position_batch", "flag_batch"))
 def _payload(
     index, values, taken, valid, positions, taken_positions, visual, taken_visual,
     source, level0, level1, level2, level3, taken0, taken1, taken2, taken3,
@@ -242,7 +243,7 @@ def _payload(
 ):
     # fmt: on
     """One tile: some slots' embeddings, with their positions and flags, or some rows of a deepstack level."""
-    across = tl.cdiv(tl.maximum(width, level_width), COLUMNS)
+    across = tl.cdiv(tl.maximum(tl.maximum(width, level_width), 1), COLUMNS)
     part = tl.program_id(0) % across  # programs that run together copy what lies together
     plane = tl.program_id(1)
     at = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
@@ -310,7 +311,7 @@ def compact_triton(
         KernelUnavailableError: It cannot run here.
     """
     _require_matching(embeds, index, valid, keep, positions, visual, deepstack, rows)
-    source = None if visual is None or not deepstack else _kept_visual_rows(visual, keep, rows)
+    source = None if visual is None or not deepstack else _kept_visual_rows(visual, keep, rows, len(deepstack[0]))
     holds = None if positions is None and visual is None else valid
     taken = _copied(embeds, index, holds, positions, visual, source, deepstack[:LEVELS])
     for start in range(LEVELS, len(deepstack), LEVELS):
@@ -318,14 +319,14 @@ def compact_triton(
     return taken
 
 
-def _kept_visual_rows(visual: torch.Tensor, keep: torch.Tensor, rows: int) -> torch.Tensor:
+def _kept_visual_rows(visual: torch.Tensor, keep: torch.Tensor, rows: int, given: int) -> torch.Tensor:
     """[rows] int64, as :func:`visual_rows_reference`."""
     columns = visual.numel()
     require_int32(columns=blocks(columns, BLOCK) * BLOCK, rows=rows)
     source = torch.empty(rows, dtype=torch.int64, device=visual.device)
     if rows:
-        flags = (_bits(visual.contiguous()), _bits(keep.contiguous()))
-        _visual_rows.launch((blocks(columns, BLOCK),), *flags, source, columns, rows, BLOCK=BLOCK)
+        flags = [_bits(each.contiguous()) for each in (visual, keep)]
+        _visual_rows.launch((blocks(columns, BLOCK),), *flags, source, columns, rows, given - 1, BLOCK=BLOCK)
     return source
 
 
@@ -349,7 +350,7 @@ def _copied(
     size = max(each.element_size() for each in (values, *levels) if each is not None)
     columns = min(power_of_two(max(width, level_width)), WIDEST // size)
     height = min(TILE // size // columns, TALLEST)
-    programs = blocks(max(batch * slots, rows), height) * blocks(max(width, level_width), columns)
+    programs = blocks(max(batch * slots, rows), height) * blocks(max(width, level_width, 1), columns)
     require_int32(slots=batch * slots + height, rows=rows + height, width=width, programs=programs)
     shapes = [(batch, slots, width), (axes, batch, slots), (batch, slots), *[(rows, level_width)] * len(levels)]
     taken = [None if each is None else each.new_empty(shape) for each, shape in zip(given, shapes, strict=True)]

@@ -34,6 +34,7 @@ OPERATIONS = (
     "quota",
     "received_attention",
     "segmented_topk",
+    "softmax_merge",
     "weighted_merge",
 )
 """Modules of this package that hold an operation."""

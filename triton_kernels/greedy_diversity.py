@@ -15,6 +15,7 @@ from vlm_budget.errors import KernelInputError
 
 from ._cosines import CosineRows, inner_products, require_choices, require_groups
 from ._launch import (
+    FLOATS,
     Config,
     blocks,
     device_function,
@@ -120,15 +121,12 @@ def greedy_diversity_reference(
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
-@device_function
-def _cosine(products, own, others):
-    """Cosines from products of rows and what makes the rows unit vectors; 0 for rows without a finite direction."""
-    return tl.where(tl.where(own == 0.0, 0.0, others) == 0.0, 0.0, products * own * others)
-
-
 @kernel(Config(warps=4, meta={"ROWS": 8, "BLOCK": 512}), sizes=("n", "group_stride", "row_stride"))
 def _nearest(products, scale, nearest, n, group_stride, row_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The distance ``1 - cos`` of some tokens to the nearest other one."""
+    """The distance ``1 - cos`` of some tokens to the nearest other one; with scales, products become cosines in place.
+
+    Once for all, so that a step has neither scales to load nor registers to keep them in.
+    """
     parts = tl.cdiv(n, ROWS)
     group = (tl.program_id(0) // parts).to(tl.int64)
     tokens = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
@@ -136,15 +134,18 @@ def _nearest(products, scale, nearest, n, group_stride, row_stride, ROWS: tl.con
     rows = products + group * group_stride + tokens.to(tl.int64) * row_stride
     if scale is not None:
         scale += group * n
-        own = tl.load(scale + tokens, mask=known, other=0.0)
+        own = tl.load(scale + tokens, mask=known, other=0.0)[:, None]
     highest = tl.full((ROWS, BLOCK), float("-inf"), tl.float32)
     for start in range(0, n, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < n
-        found = tl.load(rows[:, None] + at[None, :], mask=known[:, None] & inside[None, :], other=0.0)
+        both = known[:, None] & inside[None, :]
+        found = tl.load(rows[:, None] + at[None, :], mask=both, other=0.0)
         if scale is not None:
-            others = tl.load(scale + at, mask=inside, other=0.0)
-            found = _cosine(found, own[:, None], others[None, :])
+            others = tl.load(scale + at, mask=inside, other=0.0)[None, :]
+            # 0 for rows without a finite direction, whatever their products are.
+            found = tl.where(tl.where(own == 0.0, 0.0, others) == 0.0, 0.0, found * own * others)
+            tl.store(rows[:, None] + at[None, :], found, mask=both)
         another = inside[None, :] & (at[None, :] != tokens[:, None])
         highest = tl.maximum(highest, tl.where(another, found, float("-inf")))
     tl.store(nearest + group * n + tokens, 1.0 - tl.max(highest, 1), mask=known)
@@ -162,47 +163,27 @@ def _apart(xyz, index, at, inside, n, DIMENSIONS: tl.constexpr):
     return tl.where(distance < float("inf"), distance, 0.0)
 
 
-@device_function
-def _first(nearest, seed, group, n, at, inside):
-    """The first token: the one whose nearest neighbour is farthest, or the seed."""
-    if seed is not None:
-        first = tl.load(seed + group)
-        return tl.minimum(tl.maximum(first, 0), n - 1).to(tl.int32)
-    else:
-        return tl.argmax(tl.load(nearest + group * n + at, mask=inside, other=float("-inf")), 0)
-
-
-def _farthest(
-    products, scale, nearest, seed, chosen, n, k, group_stride, row_stride, BLOCK: tl.constexpr, ROOMY: tl.constexpr
-):
+def _farthest(cosines, first, chosen, n, k, group_stride, row_stride, BLOCK: tl.constexpr, ROOMY: tl.constexpr):
     """All choices of one group by cosine; the running minimum stays in registers.
 
-    Per step: one row of products, one minimum, one reduction to value and index. Where there is room for it, scales
-    stay in registers, too, and rows are read without masks: of those, too few fit into predicates to load all at once.
+    Per step: one row of cosines, one minimum, one reduction to value and index. Where there is room for it, rows are
+    read without masks: of those, too few fit into predicates to load all at once.
     """
     group = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < n
     within = tl.minimum(at, n - 1)
-    products += group * group_stride
+    cosines += group * group_stride
     chosen += group * k
-    index = _first(nearest, seed, group, n, at, inside)
+    index = tl.load(first + group).to(tl.int32)
     tl.store(chosen, index.to(tl.int64))
-    if scale is not None:
-        scale += group * n
-        if ROOMY:
-            others = tl.load(scale + within)
     running = tl.where(inside, float("inf"), float("-inf"))
     for step in range(1, k):
-        row = products + index.to(tl.int64) * row_stride
+        row = cosines + index.to(tl.int64) * row_stride
         if ROOMY:
             found = tl.load(row + within)
         else:
             found = tl.load(row + at, mask=inside, other=0.0)
-        if scale is not None:
-            if not ROOMY:
-                others = tl.load(scale + at, mask=inside, other=0.0)
-            found = _cosine(found, tl.load(scale + index), others)
         running = tl.where(at == index, float("-inf"), tl.minimum(running, 1.0 - found))
         index = tl.argmax(running, 0)
         tl.store(chosen + step, index.to(tl.int64))
@@ -216,10 +197,10 @@ _FARTHEST = {
 
 
 def _farthest_in_space(
-    products, scale, xyz, seed, running, chosen, n, k, group_stride, row_stride, weight, rest,
+    cosines, xyz, first, running, chosen, n, k, group_stride, row_stride, weight, rest,
     BLOCK: tl.constexpr, DIMENSIONS: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    """All choices of one group by coordinates, and by cosine where there are products.
+    """All choices of one group by coordinates, and by cosine where there are such.
 
     Coordinates leave no registers for the running minimum of many tokens: it lies in scratch memory.
     """
@@ -227,13 +208,11 @@ def _farthest_in_space(
     running += group * n
     xyz += group * n * DIMENSIONS
     chosen += group * k
-    index = tl.minimum(tl.maximum(tl.load(seed + group), 0), n - 1).to(tl.int32)
+    index = tl.load(first + group).to(tl.int32)
     tl.store(chosen, index.to(tl.int64))
     share = weight
-    if products is not None:
-        products += group * group_stride
-        if scale is not None:
-            scale += group * n
+    if cosines is not None:
+        cosines += group * group_stride
         reach = tl.full((BLOCK,), LEAST, tl.float32)
         for start in range(0, n, BLOCK):
             at = start + tl.arange(0, BLOCK)
@@ -247,16 +226,13 @@ def _farthest_in_space(
             at = start + tl.arange(0, BLOCK)
             inside = at < n
             found = _apart(xyz, index, at, inside, n, DIMENSIONS)
-            if products is not None:
-                cosine = tl.load(products + index.to(tl.int64) * row_stride + at, mask=inside, other=0.0)
-                if scale is not None:
-                    others = tl.load(scale + at, mask=inside, other=0.0)
-                    cosine = _cosine(cosine, tl.load(scale + index), others)
+            if cosines is not None:
+                cosine = tl.load(cosines + index.to(tl.int64) * row_stride + at, mask=inside, other=0.0)
                 found = (1.0 - cosine) * rest + found * share
-            earlier = tl.load(running + at, mask=inside & (step > 1), other=float("inf"))
-            found = tl.where(at == index, float("-inf"), tl.minimum(earlier, found))
+            found = tl.minimum(tl.load(running + at, mask=inside, other=float("-inf")), found)
+            found = tl.where(at == index, float("-inf"), found)
             tl.store(running + at, found, mask=inside)
-            better = inside & (found > best)  # strictly: the earlier block wins ties
+            better = found > best  # strictly: the earlier block wins ties
             best = tl.where(better, found, best)
             place = tl.where(better, at, place)
         index = tl.min(tl.where(best == tl.max(best, 0), place, n), 0)
@@ -299,7 +275,6 @@ def greedy_diversity_triton(
     if seed is not None:
         require_dtype((torch.int64, torch.int32), seed=seed)
         require_shape((groups,), seed=seed)
-        seed = seed.contiguous()
     require_choices(groups, n, k)
     if n > MOST:
         raise KernelInputError(
@@ -309,39 +284,61 @@ def greedy_diversity_triton(
     chosen = torch.empty(groups, k, dtype=torch.int64, device=given.device)
     if not chosen.numel():
         return chosen
-    products, scale = inner_products(features) if features is not None else (None, None)
-    strides = products.stride()[:2] if products is not None else (0, 0)
-    if xyz is not None:
-        planes = xyz.float().transpose(1, 2).contiguous()
-        running = torch.empty(groups, n, dtype=torch.float32, device=given.device)
-        block = min(power_of_two(n, min(_FARTHEST_IN_SPACE)), max(_FARTHEST_IN_SPACE))
-        _FARTHEST_IN_SPACE[block].launch(
-            (groups,), products, scale, planes, seed, running, chosen, n, k, *strides, float(weight), 1.0 - weight,
-            DIMENSIONS=xyz.shape[-1], LEAST=LEAST_REACH,
-        )  # fmt: skip
+    cosines, nearest = (None, None) if features is None else _cosines(features, seed is None)
+    strides = cosines.stride()[:2] if cosines is not None else (0, 0)
+    # New and of one type whatever was given, so that one compiled kernel serves all.
+    first = nearest.argmax(1) if seed is None else seed.clamp(0, n - 1).long()  # type: ignore[union-attr]
+    if xyz is None:
+        block = power_of_two(n, min(_FARTHEST))
+        _FARTHEST[block].launch((groups,), cosines, first, chosen, n, k, *strides, ROOMY=block <= 4096)
         return chosen
-    nearest = None
-    if seed is None:
-        nearest = torch.empty(groups, n, dtype=torch.float32, device=given.device)
-        _nearest.launch(lambda meta: (groups * blocks(n, meta["ROWS"]),), products, scale, nearest, n, *strides)
-    block = power_of_two(n, min(_FARTHEST))
-    _FARTHEST[block].launch((groups,), products, scale, nearest, seed, chosen, n, k, *strides, ROOMY=block <= 4096)
+    planes = _planes(xyz)
+    running = torch.full((groups, n), float("inf"), dtype=torch.float32, device=given.device)
+    block = next((size for size in _FARTHEST_IN_SPACE if n <= size), max(_FARTHEST_IN_SPACE))
+    _FARTHEST_IN_SPACE[block].launch(
+        (groups,), cosines, planes, first, running, chosen, n, k, *strides, float(weight), 1.0 - weight,
+        DIMENSIONS=planes.shape[1], LEAST=LEAST_REACH,
+    )  # fmt: skip
     return chosen
 
 
-def specimens() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls that make the shipped launches, for ``make kernels-compile``."""
+def _cosines(features: torch.Tensor, rule: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[G, n, n] cosines, and [G, n] distances to the nearest other token if the seed ``rule`` asks for them."""
+    products, scale = inner_products(features)
+    if scale is None and not rule:
+        return products, None
+    groups, n = products.shape[:2]
+    nearest = torch.empty(groups, n, dtype=torch.float32, device=products.device)
+    strides = products.stride()[:2]
+    _nearest.launch(lambda meta: (groups * blocks(n, meta["ROWS"]),), products, scale, nearest, n, *strides)
+    return products, nearest
 
-    def call(n: int, dtype: torch.dtype | None, spatial: bool = False) -> Callable[[], object]:
+
+def _planes(xyz: torch.Tensor) -> torch.Tensor:
+    """[G, 3 or 4, n] float32 coordinates, always new: zeros for those that are not there, which change no distance."""
+    groups, n, dimensions = xyz.shape
+    planes = torch.empty(groups, max(dimensions, 3), n, dtype=torch.float32, device=xyz.device)
+    planes[:, :dimensions].copy_(xyz.transpose(1, 2))
+    planes[:, dimensions:].zero_()
+    return planes
+
+
+def specimens() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Calls that make every launch there is, for ``make kernels-compile``."""
+
+    def call(n: int, dtype: torch.dtype | None, dimensions: int = 0, seeded: bool = False) -> Callable[[], object]:
         # Without memory: nothing is computed where nothing is launched.
         features = None if dtype is None else torch.empty(1, n, 64, dtype=dtype, device="meta")
-        xyz = torch.empty(1, n, 3, device="meta") if spatial else None
-        seed = torch.empty(1, dtype=torch.int64, device="meta") if spatial else None
+        xyz = torch.empty(1, n, dimensions, device="meta") if dimensions else None
+        seed = torch.empty(1, dtype=torch.int64, device="meta") if seeded else None
         return lambda: greedy_diversity_triton(features, xyz, seed, 64, 0.5)
 
-    for n in (577, 1500, 2880, 5000, MOST):
-        yield f"cosine, {n} tokens", call(n, torch.bfloat16)
-    yield "cosine, float32", call(MOST, torch.float32)
-    for n in (577, 5000):
-        yield f"coordinates, {n} tokens", call(n, None, spatial=True)
-        yield f"fused, {n} tokens", call(n, torch.bfloat16, spatial=True)
+    for n in _FARTHEST:
+        for dtype in FLOATS:
+            for seeded in (False, True):
+                yield f"cosine, {n} tokens, {dtype}{', seed' if seeded else ''}", call(n, dtype, seeded=seeded)
+    for n in _FARTHEST_IN_SPACE:
+        for dimensions in range(1, MOST_DIMENSIONS + 1):
+            yield f"{dimensions} coordinates, {n} tokens", call(n, None, dimensions, seeded=True)
+            for dtype in FLOATS:
+                yield f"fused with {dimensions}, {n} tokens, {dtype}", call(n, dtype, dimensions, seeded=True)

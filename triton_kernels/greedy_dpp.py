@@ -159,12 +159,12 @@ def greedy_dpp_triton(features: torch.Tensor, log_quality: torch.Tensor, k: int)
 
 
 def specimens() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls that make the shipped launches, for ``make kernels-compile``."""
+    """Calls that make every launch there is, for ``make kernels-compile``."""
 
     def call(n: int) -> Callable[[], object]:
         # Without memory: nothing is computed where nothing is launched.
         features, quality = torch.empty(1, n, 8, device="meta"), torch.empty(1, n, device="meta")
         return lambda: greedy_dpp_triton(features, quality, PANEL)
 
-    for n in (577, 2880):
+    for n in (577, 2880, 2**16):  # the last one's groups lie further apart than 32 bits tell
         yield f"{n} tokens", call(n)

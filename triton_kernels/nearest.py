@@ -20,11 +20,11 @@ from torch.nn.functional import normalize
 
 from vlm_budget.errors import KernelInputError
 
+from ._keys import aligned, channel_block, cosines, lengths_of
 from ._launch import (
     FLOATS,
     Config,
     blocks,
-    device_function,
     kernel,
     require_dtype,
     require_int32,
@@ -42,16 +42,6 @@ MOST_NEIGHBOURS = 64
 """Beyond, taking them one after the other is slower than sorting."""
 ENTRIES = 2**22
 """Similarities that a reference holds at a time."""
-
-
-def channel_block(dtype: torch.dtype) -> int:
-    """Channels of keys multiplied at a time."""
-    return 16 if dtype == torch.float32 else 64
-
-
-def norms(keys: torch.Tensor) -> torch.Tensor:
-    """[n] float32."""
-    return torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
 
 
 # --- references ------------------------------------------------------------------------------------------------------
@@ -121,49 +111,7 @@ def assign_reference(
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
-@device_function
-def product(left, right, before, WIDEN: tl.constexpr):
-    """``before + left @ right``; ``WIDEN`` in the interpreter, whose own product misreads bfloat16."""
-    if WIDEN:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, before, input_precision="ieee")
-
-
-@device_function
-def cosines(
-    keys,
-    lengths,
-    rows,
-    columns,
-    rows_inside,
-    columns_inside,
-    width,
-    stride,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """Cosines of the keys of some tokens with those of others; a key of length 0 has none but zeros."""
-    products = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, width, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C)
-        known = channel < width
-        left = tl.load(
-            keys + rows[:, None] * stride + channel[None, :], mask=rows_inside[:, None] & known[None, :], other=0.0
-        )
-        right = tl.load(
-            keys + columns[None, :] * stride + channel[:, None],
-            mask=columns_inside[None, :] & known[:, None],
-            other=0.0,
-        )
-        products = product(left, right, products, WIDEN)
-    of_rows = tl.maximum(tl.load(lengths + rows, mask=rows_inside, other=1.0), 1e-12)
-    of_columns = tl.maximum(tl.load(lengths + columns, mask=columns_inside, other=1.0), 1e-12)
-    return products / of_rows[:, None] / of_columns[None, :]
-
-
-@kernel(Config(warps=4, stages=3), sizes=("count", "slots", "exclude"))
+@kernel(Config(warps=4, stages=3), sizes=("anchor_count", "token_count", "count", "slots", "exclude"))
 def _candidates(
     keys,
     lengths,
@@ -172,6 +120,8 @@ def _candidates(
     tiles,
     found,
     similarity,
+    anchor_count,
+    token_count,
     width,
     stride,
     count,
@@ -183,11 +133,19 @@ def _candidates(
     WIDEN: tl.constexpr,
 ):
     """The most similar tokens of one block, for every anchor of one tile."""
-    tile = tiles + tl.program_id(0) * 4
-    slot = tl.load(tile) + tl.arange(0, TILE)
-    real = slot < tl.load(tile + 1)
-    at = tl.load(tile + 2) + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < tl.load(tile + 3)
+    if tiles is None:  # one group
+        slot = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        real = slot < anchor_count
+        first = tl.program_id(1) * BLOCK
+        end = token_count
+    else:
+        tile = tiles + tl.program_id(0) * 4
+        slot = tl.load(tile) + tl.arange(0, TILE)
+        real = slot < tl.load(tile + 1)
+        first = tl.load(tile + 2) + tl.program_id(1) * BLOCK
+        end = tl.load(tile + 3)
+    at = first + tl.arange(0, BLOCK)
+    inside = at < end
     anchor = tl.load(anchors + slot, mask=real, other=0)
     token = tl.load(among + at, mask=inside, other=0)
     cosine = cosines(keys, lengths, anchor, token, real, inside, width, stride, TILE, BLOCK, BLOCK_C, WIDEN)
@@ -195,7 +153,6 @@ def _candidates(
     cosine = tl.where(valid, cosine, float("-inf"))
     place = tl.arange(0, BLOCK)
     row = slot.to(tl.int64) * slots + tl.program_id(1) * count
-    first = tl.load(tile + 2) + tl.program_id(1) * BLOCK
     for rank in range(count):
         best, taken = tl.max(cosine, 1, return_indices=True)
         tl.store(similarity + row + rank, best, mask=real)
@@ -228,7 +185,7 @@ def _merged(found, similarity, among, index, best, count, slots, BLOCK: tl.const
         place = where
 
 
-@kernel(Config(warps=4))
+@kernel(Config(warps=4), sizes=("anchor_count", "token_count"))
 def _owners(
     keys,
     lengths,
@@ -236,6 +193,8 @@ def _owners(
     among,
     tiles,
     owner,
+    anchor_count,
+    token_count,
     width,
     stride,
     TILE: tl.constexpr,
@@ -244,14 +203,21 @@ def _owners(
     WIDEN: tl.constexpr,
 ):
     """The most similar anchor of every token of one tile."""
-    tile = tiles + tl.program_id(0) * 4
-    at = tl.load(tile) + tl.arange(0, BLOCK)
-    inside = at < tl.load(tile + 1)
+    if tiles is None:  # one group
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < token_count
+        begin = 0
+        end = anchor_count
+    else:
+        tile = tiles + tl.program_id(0) * 4
+        at = tl.load(tile) + tl.arange(0, BLOCK)
+        inside = at < tl.load(tile + 1)
+        begin = tl.load(tile + 2)
+        end = tl.load(tile + 3)
     token = tl.load(among + at, mask=inside, other=0)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     chosen = tl.full((BLOCK,), -1, tl.int32)
-    end = tl.load(tile + 3)
-    for start in range(tl.load(tile + 2), end, TILE):
+    for start in range(begin, end, TILE):
         slot = start + tl.arange(0, TILE)
         real = slot < end
         anchor = tl.load(anchors + slot, mask=real, other=0)
@@ -265,13 +231,22 @@ def _owners(
     tl.store(owner + at, chosen.to(tl.int64), mask=inside)
 
 
-def _tiles(of: Sequence[int], against: Sequence[int], size: int, device: torch.device) -> torch.Tensor:
-    """[tiles, 4] int32: where a tile begins, where its group ends, and where what it meets begins and ends."""
+def _tiles(
+    of: Sequence[int], against: Sequence[int], size: int, device: torch.device
+) -> tuple[int, torch.Tensor | None]:
+    """How many tiles, and [tiles, 4] int32: where each begins, where its group ends, where what it meets lies.
+
+    A single group needs no table: the host copies one for several groups alone, and a CUDA graph cannot hold that.
+    """
+    if len(of) == 1:
+        return blocks(of[0], size), None
     rows, start, other = [], 0, 0
     for own, met in zip(of, against, strict=True):
         rows += [[first, start + own, other, other + met] for first in range(start, start + own, size)]
         start, other = start + own, other + met
-    return torch.tensor(rows, dtype=torch.int32).reshape(-1, 4).to(device, non_blocking=True)
+    # Towards CUDA alone: other devices read the host's memory late, when this temporary is gone.
+    tiles = torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 4)
+    return len(rows), tiles.to(device, non_blocking=device.type == "cuda")
 
 
 # --- wrappers --------------------------------------------------------------------------------------------------------
@@ -288,6 +263,10 @@ def _check(
     require_shape((sum(shares),), anchors=anchors)
     require_shape((sum(sizes),), among=among)
     require_rows(keys=keys, anchors=anchors, among=among)
+    if len(sizes) != len(shares) or min(*sizes, *shares, 0) < 0:
+        raise KernelInputError(
+            f"sizes and shares must name the same groups, by counts of at least 0, got {sizes} and {shares}"
+        )
 
 
 def nearest_triton(
@@ -317,27 +296,31 @@ def nearest_triton(
         return index, similarity
     if not len(among):
         return index.fill_(-1), similarity.fill_(-torch.inf)
-    most = blocks(max(sizes), TOKENS)
+    block = TOKENS // 2 if keys.dtype == torch.float32 else TOKENS  # no tensor cores: operands lie in registers
+    most = blocks(max(sizes), block)
     require_int32(candidates=most * count)
-    tiles = _tiles(shares, sizes, ANCHORS, keys.device)
+    count_tiles, tiles = _tiles(shares, sizes, ANCHORS, keys.device)
+    keys, anchors, among = aligned(keys), aligned(anchors), aligned(among)
     candidates = torch.empty(len(anchors), most * count, dtype=torch.float32, device=keys.device)
     found = torch.empty(candidates.shape, dtype=torch.int32, device=keys.device)
     _candidates.launch(
-        (len(tiles), most),
+        (count_tiles, most),
         keys,
-        norms(keys),
+        lengths_of(keys),
         anchors,
         among,
         tiles,
         found,
         candidates,
+        len(anchors),
+        len(among),
         keys.shape[1],
         keys.stride(0),
         count,
         most * count,
         int(exclude_self),
         TILE=ANCHORS,
-        BLOCK=TOKENS,
+        BLOCK=block,
         BLOCK_C=channel_block(keys.dtype),
         WIDEN=_candidates.interpreted,
     )
@@ -358,15 +341,18 @@ def assign_triton(
     owner = torch.empty(len(among), dtype=torch.int64, device=keys.device)
     if not len(among):
         return owner
-    tiles = _tiles(sizes, shares, OWNED, keys.device)
+    count_tiles, tiles = _tiles(sizes, shares, OWNED, keys.device)
+    keys, anchors, among = aligned(keys), aligned(anchors), aligned(among)
     _owners.launch(
-        (len(tiles),),
+        (count_tiles,),
         keys,
-        norms(keys),
+        lengths_of(keys),
         anchors,
         among,
         tiles,
         owner,
+        len(anchors),
+        len(among),
         keys.shape[1],
         keys.stride(0),
         TILE=ANCHORS,
@@ -381,6 +367,9 @@ def specimens() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that make every shipped launch, for ``make kernels-compile``."""
     anchors, among = torch.arange(10), torch.arange(64)
     for dtype in FLOATS:
-        keys = torch.zeros(64, 1024, dtype=dtype)
-        yield f"nearest, {dtype}", partial(nearest_triton, keys, anchors, 32, among, [64], [10], True)
-        yield f"owners, {dtype}", partial(assign_triton, keys, anchors, among, [64], [10])
+        for width in (1024, 1001):
+            keys = torch.zeros(64, width, dtype=dtype)
+            for sizes, shares in (([64], [10]), ([60, 4], [8, 2])):
+                label = f"{len(sizes)} groups, {width} wide, {dtype}"
+                yield f"nearest, {label}", partial(nearest_triton, keys, anchors, 32, among, sizes, shares, True)
+                yield f"owners, {label}", partial(assign_triton, keys, anchors, among, sizes, shares)

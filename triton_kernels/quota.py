@@ -13,7 +13,17 @@ import torch
 
 from vlm_budget.errors import KernelInputError
 
-from ._launch import Config, device_function, kernel, require_dtype, require_int32, require_same_device, tl
+from ._launch import (
+    Config,
+    device_function,
+    kernel,
+    require_dtype,
+    require_int32,
+    require_rows,
+    require_same_device,
+    require_shape,
+    tl,
+)
 
 FEW, MOST = 128, 1024
 """Shares that one warp can hold, and one program."""
@@ -33,7 +43,7 @@ def whole_weights(weights: torch.Tensor) -> torch.Tensor:
 def quota_reference(total: int, weights: torch.Tensor, caps: torch.Tensor) -> torch.Tensor:
     """What is right; see :func:`vlm_budget.ops.quota`."""
     if not len(caps):
-        return caps.int()
+        return caps.new_empty(0, dtype=torch.int32)
     whole, caps = whole_weights(weights), caps.long().clamp_min(0)
     heavy = whole > 0
     among = torch.minimum(caps.new_full((), total), torch.where(heavy, caps, 0).sum())
@@ -111,6 +121,20 @@ _quota_of_few = kernel(Config(warps=1), sizes=("total", "n"))(_quota)
 _quota_of_many = kernel(Config(warps=8), sizes=("total", "n"))(_quota)
 
 
+def require_shares(total: int, weights: torch.Tensor, caps: torch.Tensor) -> None:
+    """Refuse what neither half can split.
+
+    Raises:
+        KernelInputError: Shapes, element types, devices, or a total that is negative or needs more than 32 bits.
+    """
+    require_dtype((torch.float64, torch.float32, torch.bfloat16, torch.float16), weights=weights)
+    require_dtype((torch.int64, torch.int32), caps=caps)
+    require_same_device(weights=weights, caps=caps)
+    require_int32(total=total)
+    require_shape((None,), weights=weights)
+    require_shape(weights.shape, caps=caps)
+
+
 def quota_triton(total: int, weights: torch.Tensor, caps: torch.Tensor) -> torch.Tensor:
     """The kernel; see :func:`vlm_budget.ops.quota`.
 
@@ -118,18 +142,11 @@ def quota_triton(total: int, weights: torch.Tensor, caps: torch.Tensor) -> torch
         KernelInputError: Element types, devices or sizes that it cannot work on.
         KernelUnavailableError: It cannot run here.
     """
-    require_dtype((torch.float64, torch.float32, torch.bfloat16, torch.float16), weights=weights)
-    require_dtype((torch.int64, torch.int32), caps=caps)
-    require_same_device(weights=weights, caps=caps)
-    require_int32(total=total)
+    require_shares(total, weights, caps)
+    require_rows(caps=caps)
     n = weights.numel()
-    if weights.ndim != 1 or caps.shape != weights.shape or n > MOST:
-        raise KernelInputError(
-            f"weights and caps must be rows of one length up to {MOST}, got {list(weights.shape)} and "
-            f"{list(caps.shape)}"
-        )
-    if not caps.is_contiguous():
-        raise KernelInputError("caps must be contiguous. Call .contiguous() first.")
+    if n > MOST:
+        raise KernelInputError(f"the kernel splits over at most {MOST} shares, got {n}")
     shares = torch.empty(n, dtype=torch.int32, device=weights.device)
     if n:
         run = _quota_of_few if n <= FEW else _quota_of_many

@@ -1,8 +1,8 @@
 """The attention every key receives, mean over heads and queries, without the attention map: memory grows with O(N).
 
-Two launches. The first walks over the keys with a running maximum and sum, and leaves the logarithm of every query's
-softmax denominator. The second holds a block of keys, walks over the queries that may see it, and adds up what they
-give. Keys and queries that no limit lets meet are not read. Sums over heads are made at the end, in a fixed order.
+Two launches. The first walks over the keys with a running maximum and sum, and leaves both for every query. The second
+holds a block of keys, walks over the queries that may see it, and adds up what they give. Keys and queries that no
+limit lets meet are not read. Sums over heads are made at the end, in a fixed order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from vlm_budget.errors import KernelInputError
 
 from ._launch import Config, blocks, kernel, power_of_two, tl
-from .attention_rows import LOG2E, WIDEST, attended, attention_rows_reference, products
+from .attention_rows import WIDEST, attended, attention_rows_reference, products, require_sense
 
 Over = Literal["mean", "sum"]
 
@@ -32,7 +32,12 @@ def received_attention_reference(
     mask: torch.Tensor | None = None,
     reduce: str = "mean",
 ) -> torch.Tensor:
-    """What is right; see :func:`vlm_budget.ops.received_attention`."""
+    """What is right; see :func:`vlm_budget.ops.received_attention`.
+
+    Raises:
+        KernelInputError: No heads, or a mask of integers.
+    """
+    require_sense(query, mask)
     n = query.shape[2]
     sums = query.new_zeros(query.shape[0], key.shape[2], dtype=torch.float32)
     for start in range(0, n, CHUNK):
@@ -52,16 +57,17 @@ SIZES = (
 
 @kernel(Config(warps=4, stages=3), sizes=SIZES)
 def _normalisers(
-    query, key, first, stop, mask, norms, begins, ends,
+    query, key, first, stop, mask, peaks, scales, begins, ends,
     scaling, queries, keys, group, heads, query_blocks,
     q_batch, q_head, q_row, k_batch, k_head, k_row, first_batch, stop_batch, m_batch, m_head, m_row, m_key,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr,
     UNIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of queries of one head: log2 of the softmax denominator; infinity where the row is to be zero.
+    """Of a block of queries of one head: the largest logit, and 1 / softmax denominator or 0 for a row that is zero.
 
-    Where limits are given, the block's range of visible keys goes to ``begins`` and ``ends``. ``heads`` counts query
-    heads; ``MASK`` and ``UNIT`` are those of :mod:`.attention_rows`.
+    They stay apart: in the sum of their logarithms the denominator would be lost where masks add the lowest float32 to
+    a whole row. Where limits are given, the block's range of visible keys goes to ``begins`` and ``ends``. ``heads``
+    counts query heads; ``MASK`` and ``UNIT`` are those of :mod:`.attention_rows`.
     """
     program = tl.program_id(0).to(tl.int64)
     block = program % query_blocks
@@ -77,11 +83,11 @@ def _normalisers(
         q = tl.load(query + query_at, mask=live[:, None] & (wide < HEAD)[None, :], other=0.0)
     begin, end = tl.zeros((), tl.int32), tl.zeros((), tl.int32) + keys
     if first is not None:
-        least = tl.load(first + batch * first_batch + index, mask=live, other=2147483647).to(tl.int32)
-        begin = tl.maximum(tl.min(least, 0), 0)
+        least = tl.load(first + batch * first_batch + index, mask=live, other=2147483647)
+        begin = tl.minimum(tl.maximum(tl.min(least, 0), 0), keys).to(tl.int32)  # clamped while it may have 64 bits
     if stop is not None:
-        most = tl.load(stop + batch * stop_batch + index, mask=live, other=0).to(tl.int32)
-        end = tl.minimum(tl.max(most, 0), keys)
+        most = tl.load(stop + batch * stop_batch + index, mask=live, other=0)
+        end = tl.minimum(tl.maximum(tl.max(most, 0), 0), keys).to(tl.int32)
     if first is not None or stop is not None:
         if head == 0:
             tl.store(begins + batch * query_blocks + block, begin)
@@ -111,9 +117,7 @@ def _normalisers(
         if MASK == 1:
             visible = visible & (tl.load(mask + mask_at, mask=visible, other=0) != 0)
         if MASK == 2:
-            addend = tl.load(mask + mask_at, mask=visible, other=0.0).to(tl.float32)
-            lowest = tl.where(addend == float("-inf"), addend, -2e38)  # in base 2 the lowest float32 would overflow
-            logits += tl.where(addend < -2e38, lowest, addend) * 1.4426950408889634
+            logits += tl.load(mask + mask_at, mask=visible, other=0.0).to(tl.float32)
         if first is not None:
             visible = visible & (at[None, :] >= least[:, None])
         if stop is not None:
@@ -121,16 +125,17 @@ def _normalisers(
         logits = tl.where(visible, logits, float("-inf"))
         highest = tl.maximum(peak, tl.max(logits, 1))
         level = tl.where(highest == float("-inf"), 0.0, highest)
-        total = total * tl.exp2(peak - level) + tl.sum(tl.exp2(logits - level[:, None]), 1)
+        total = total * tl.exp(peak - level) + tl.sum(tl.exp(logits - level[:, None]), 1)
         peak = highest
     # Empty rows have a total of zero, and those with NaN or infinity one that is not a number.
-    norm = tl.where(total > 0, peak + tl.log2(total), float("inf"))
-    tl.store(norms + pair * queries + index, norm, mask=live)
+    counts = total > 0
+    tl.store(peaks + pair * queries + index, tl.where(counts, peak, 0.0), mask=live)
+    tl.store(scales + pair * queries + index, tl.where(counts, 1.0 / tl.where(counts, total, 1.0), 0.0), mask=live)
 
 
 @kernel(Config(warps=4, stages=3), sizes=(*SIZES, "key_blocks"))
 def _given_to_keys(
-    query, key, first, stop, mask, norms, begins, ends, sums,
+    query, key, first, stop, mask, peaks, scales, begins, ends, sums,
     scaling, queries, keys, group, heads, query_blocks, key_blocks,
     q_batch, q_head, q_row, k_batch, k_head, k_row, first_batch, stop_batch, m_batch, m_head, m_row, m_key,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr,
@@ -169,7 +174,8 @@ def _given_to_keys(
         index = start + tl.arange(0, QUERIES).to(tl.int64)
         live = index < queries
         query_at = (index * q_row)[:, None] * UNIT + wide[None, :]
-        norm = tl.load(norms + pair * queries + index, mask=live, other=float("inf"))
+        peak = tl.load(peaks + pair * queries + index, mask=live, other=0.0)
+        scale = tl.load(scales + pair * queries + index, mask=live, other=0.0)
         if HEAD <= WIDTH:
             q = tl.load(query + query_at, mask=live[:, None] & (wide < HEAD)[None, :], other=0.0)
             logits = products(k, tl.trans(q), WIDEN)
@@ -181,23 +187,23 @@ def _given_to_keys(
                 k = tl.load(key + piece + key_at, mask=inside[:, None] & left, other=0.0)
                 logits += products(k, tl.trans(q), WIDEN)
         logits = logits * scaling
-        visible = (norm < float("inf"))[None, :]
+        visible = (scale > 0)[None, :]
         if MASK != 0:
             there = live[None, :] & inside[:, None]
             mask_at = batch * m_batch + head * m_head + (index * m_row)[None, :] + (at * m_key)[:, None]
         if MASK == 1:
             visible = visible & (tl.load(mask + mask_at, mask=there, other=0) != 0)
         if MASK == 2:
-            addend = tl.load(mask + mask_at, mask=there, other=0.0).to(tl.float32)
-            lowest = tl.where(addend == float("-inf"), addend, -2e38)
-            logits += tl.where(addend < -2e38, lowest, addend) * 1.4426950408889634
+            logits += tl.load(mask + mask_at, mask=there, other=0.0).to(tl.float32)
         if first is not None:
             least = tl.load(first + batch * first_batch + index, mask=live, other=0)
             visible = visible & (at[:, None] >= least[None, :])
         if stop is not None:
             most = tl.load(stop + batch * stop_batch + index, mask=live, other=0)
             visible = visible & (at[:, None] < most[None, :])
-        result += tl.sum(tl.where(visible, tl.exp2(logits - norm[None, :]), 0.0), 1)
+        # As in the first launch, so that the compiler rounds products alike: huge logits differ by more than a little.
+        logits = tl.where(visible, logits, float("-inf"))
+        result += tl.sum(tl.exp(logits - peak[None, :]) * scale[None, :], 1)
     tl.store(sums + pair * keys + at, result, mask=inside)
 
 
@@ -223,33 +229,34 @@ def received_attention_triton(
     sums = torch.empty(batch, heads, keys, dtype=torch.float32, device=query.device)
     if not n or not sums.numel():
         return sums.new_zeros(batch, keys)
-    width, rows, columns = _tile(head, given.key.dtype, given.kind)
+    width, rows, columns = _tile(head, given.key.dtype, given.kind, first is not None or stop is not None)
     query_blocks = blocks(n, rows)
-    norms = torch.empty(batch, heads, n, dtype=torch.float32, device=query.device)
+    peaks = torch.empty(batch, heads, n, dtype=torch.float32, device=query.device)
+    scales = torch.empty_like(peaks)
     begins = torch.empty(batch, query_blocks, dtype=torch.int32, device=query.device)
     ends = torch.empty_like(begins)
     group, fixed = heads // key.shape[1], {"HEAD": head, "WIDTH": width, "MASK": given.kind, "UNIT": given.unit}
     _normalisers.launch(
         (batch * heads * query_blocks,),
-        *given[:5], norms, begins, ends,
-        scaling * LOG2E, n, keys, group, heads, query_blocks, *given.strides(),
+        *given[:5], peaks, scales, begins, ends,
+        scaling, n, keys, group, heads, query_blocks, *given.strides(),
         QUERIES=rows, KEYS=columns, WIDEN=_normalisers.interpreted, **fixed,
     )  # fmt: skip
     key_blocks = blocks(keys, rows)
     _given_to_keys.launch(
         (batch * heads * key_blocks,),
-        *given[:5], norms, begins, ends, sums,
-        scaling * LOG2E, n, keys, group, heads, query_blocks, key_blocks, *given.strides(),
+        *given[:5], peaks, scales, begins, ends, sums,
+        scaling, n, keys, group, heads, query_blocks, key_blocks, *given.strides(),
         QUERIES=columns, KEYS=rows, WIDEN=_given_to_keys.interpreted, BLOCK=rows, CHUNK=256, **fixed,
     )  # fmt: skip
     received = sums.mean(1)
     return received if reduce == "sum" else received / n
 
 
-def _tile(head: int, dtype: torch.dtype, mask: int) -> tuple[int, int, int]:
+def _tile(head: int, dtype: torch.dtype, mask: int, limited: bool) -> tuple[int, int, int]:
     """Width of a piece of a head, rows that a program holds, and those that it reads per turn."""
     if dtype == torch.float32:  # no tensor core takes it as it is: registers hold both factors of a product
-        return 16, 32, 32
+        return 16, 32, 16 if mask or limited else 32
     width = power_of_two(head, 16) if head <= WIDEST else 32
     if mask or head > WIDEST:  # the addresses of a mask fill registers, too
         return width, 64, 32

@@ -14,7 +14,18 @@ import torch
 
 from vlm_budget.errors import KernelInputError
 
-from ._launch import FLOATS, Config, device_function, kernel, require_dtype, require_int32, require_same_device, tl
+from ._launch import (
+    FLOATS,
+    Config,
+    device_function,
+    kernel,
+    require_dtype,
+    require_int32,
+    require_rows,
+    require_same_device,
+    require_shape,
+    tl,
+)
 
 BLOCK = 1024
 """Scores read at a time."""
@@ -53,7 +64,7 @@ def _sortable(scores):
 def _thresholds(scores, segment, counts, thresholds, cutoffs, n, BLOCK: tl.constexpr, BINS: tl.constexpr):
     """The k-th largest score of one segment, and the position of the last of its equals that still belongs."""
     own = tl.program_id(0)
-    k = tl.load(counts + own).to(tl.int32)
+    k = tl.minimum(tl.maximum(tl.load(counts + own), 0), n).to(tl.int32)
     bins = tl.arange(0, BINS)
     prefix = tl.zeros((), tl.uint32)  # the digits of the k-th largest found so far, where ``known`` has ones
     known = tl.zeros((), tl.uint32)
@@ -100,8 +111,8 @@ def _positions(scores, segment, thresholds, cutoffs, kept, n, segments, total, B
         at = start + tl.arange(0, BLOCK)
         inside = at < n
         key = _sortable(tl.load(scores + at.to(tl.int64), mask=inside, other=0.0).to(tl.float32))
-        own = tl.load(segment + at.to(tl.int64), mask=inside, other=-1).to(tl.int32)
-        known = inside & (own >= 0) & (own < segments)
+        own = tl.load(segment + at.to(tl.int64), mask=inside, other=-1)
+        known = (own >= 0) & (own < segments)
         least = tl.load(thresholds + own, mask=known, other=-1).to(tl.uint32, bitcast=True)
         until = tl.load(cutoffs + own, mask=known, other=-1)
         stays = known & ((key > least) | ((key == least) & (at <= until)))
@@ -111,6 +122,21 @@ def _positions(scores, segment, thresholds, cutoffs, kept, n, segments, total, B
     for start in range(0, total, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         tl.store(kept + slot, tl.full((BLOCK,), -1, tl.int64), mask=(slot >= written) & (slot < total))
+
+
+def require_segments(scores: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor, total: int) -> None:
+    """Refuse what neither half can rank.
+
+    Raises:
+        KernelInputError: Shapes, devices, sizes, or whole numbers that are none.
+    """
+    require_dtype((torch.int64, torch.int32), segment=segment, counts=counts)
+    require_same_device(scores=scores, segment=segment, counts=counts)
+    require_shape((None,), scores=scores, counts=counts)
+    n, segments = scores.numel(), counts.numel()
+    require_int32(scores=n, segments=segments, total=total)
+    if segment.shape != scores.shape:
+        raise KernelInputError(f"segment must name one segment per score, got {list(segment.shape)} for {n} scores")
 
 
 def segmented_topk_triton(
@@ -123,18 +149,9 @@ def segmented_topk_triton(
         KernelUnavailableError: It cannot run here.
     """
     require_dtype(FLOATS, scores=scores)
-    require_dtype((torch.int64, torch.int32), segment=segment, counts=counts)
-    require_same_device(scores=scores, segment=segment, counts=counts)
+    require_segments(scores, segment, counts, total)
+    require_rows(scores=scores, segment=segment, counts=counts)
     n, segments = scores.numel(), counts.numel()
-    require_int32(scores=n, segments=segments, total=total)
-    for name, tensor in (("scores", scores), ("segment", segment), ("counts", counts)):
-        if tensor.ndim != 1 or not tensor.is_contiguous():
-            raise KernelInputError(
-                f"{name} must be one contiguous row, got shape {list(tensor.shape)} with strides "
-                f"{list(tensor.stride())}. Call .flatten().contiguous() first."
-            )
-    if len(segment) != n:
-        raise KernelInputError(f"segment must name one segment per score, got {len(segment)} for {n} scores")
     kept = torch.empty(total, dtype=torch.int64, device=scores.device)
     if not total:
         return kept

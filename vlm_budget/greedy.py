@@ -11,6 +11,7 @@ import torch
 
 from .ops import greedy_diversity, greedy_dpp
 from .ops.greedy_diversity import chooses_by_kernel
+from .precision import exactly
 from .triton_kernels._cosines import CosineRows as CosineRows
 from .triton_kernels._cosines import unit_rows as unit_rows
 from .triton_kernels.greedy_diversity import max_min_reference
@@ -28,7 +29,10 @@ def max_min(rows: CosineRows, k: int) -> torch.Tensor:
     Returns:
         [k] int64 indices in the order of choice.
     """
-    return greedy_diversity(rows.features, k) if _by_kernel(rows) else max_min_reference(rows, k)
+    if _by_kernel(rows):
+        return greedy_diversity(rows.features, k)
+    with exactly(rows.features.device):
+        return max_min_reference(rows, k)
 
 
 @torch.no_grad()
@@ -43,7 +47,10 @@ def map_dpp(rows: CosineRows, log_quality: torch.Tensor, k: int) -> torch.Tensor
     Returns:
         [k] int64 indices in the order of choice.
     """
-    return greedy_dpp(rows.features, log_quality, k) if _by_kernel(rows) else map_dpp_reference(rows, log_quality, k)
+    if _by_kernel(rows):
+        return greedy_dpp(rows.features, log_quality, k)
+    with exactly(rows.features.device):
+        return map_dpp_reference(rows, log_quality, k)
 
 
 def _by_kernel(rows: CosineRows) -> bool:
@@ -64,7 +71,7 @@ def max_coverage(rows: torch.Tensor, k: int) -> torch.Tensor:
     Returns:
         [k] int64 column indices in the order of choice.
     """
-    whole = _whole_numbers(rows)
+    whole = whole_numbers(rows)
     covered = whole.new_zeros(len(whole), 1)
     gain = whole.sum(0, keepdim=True)
     chosen = torch.empty(1, k, dtype=torch.long, device=rows.device)
@@ -79,7 +86,11 @@ def max_coverage(rows: torch.Tensor, k: int) -> torch.Tensor:
     return chosen[0]
 
 
-def _whole_numbers(rows: torch.Tensor) -> torch.Tensor:
-    """[m, n] int64: ``rows`` times a power of two, as fine as the sum over a column allows."""
+def whole_numbers(rows: torch.Tensor) -> torch.Tensor:
+    """[m, ...] int64: ``rows`` times a power of two, as fine as a sum over the first axis allows: exact in any order.
+
+    Args:
+        rows: [m, ...] finite and non-negative.
+    """
     above = torch.frexp(rows.amax()).exponent  # every entry is below 2 ** above, and every sum below 2 ** 62
     return (rows.double() * torch.exp2(62.0 - len(rows).bit_length() - above.double())).long()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from .engine.account import Account
 from .engine.boundary import Boundary
 from .engine.taps import Tap
 from .engine.vit import is_vit, patch_vit, unpatch_vit
-from .errors import PatchError
+from .errors import PatchError, SelectionError
 from .families.base import Family
 from .methods import MethodLike
 from .models import find_family, layout_of, text_tokens
@@ -83,8 +84,11 @@ class PatchHandle:
     def __enter__(self) -> PatchHandle:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.undo()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self.undo()
+        else:  # which is what the caller must hear of, not of promises; and a device in trouble is not waited for
+            self._take_back()
 
     def undo(self) -> None:
         """Take the patch away; the model is exactly what it was: the same hooks, attributes and objects.
@@ -94,6 +98,15 @@ class PatchHandle:
             SelectionError: The patch is gone, and the last prompts did not keep what their method promised (found this
                 late on CUDA devices only, which are not waited for).
         """
+        self._take_back()
+        self._boundary.accounts.promises.settle(wait=True)
+
+    def _take_back(self) -> None:
+        """Undo without asking for promises.
+
+        Raises:
+            PatchError: Another thread is inside the patched language model.
+        """
         if self._undo and self._boundary.running.others():
             raise PatchError(
                 f"{self._boundary.running.others()} other thread(s) are running the patched model, and would go on "
@@ -101,7 +114,6 @@ class PatchHandle:
             )
         while self._undo:
             self._undo.pop()()
-        self._boundary.settle()
 
     def report(self) -> Report:
         """What the model did with its last prompt.
@@ -167,7 +179,7 @@ class PatchHandle:
             base.__dict__[_HANDLE] = self
             self._undo.append(self._forget)
         except BaseException:
-            self.undo()
+            self._take_back()
             raise
 
     def _forget(self) -> None:
@@ -186,7 +198,8 @@ def patch(
     """Make a VLM keep only the visual tokens that matter, within a budget.
 
     The same ``model(...)``, ``model.generate(...)`` and pipeline calls work as before, on the same attention backend.
-    Patching a patched model replaces the patch; undoing then restores the unpatched model.
+    Patching a patched model replaces the patch; undoing then restores the unpatched model. Where the last prompts under
+    the earlier patch did not keep what its method promised, which CUDA devices tell late, a warning says so.
 
     Args:
         model: A supported transformers VLM, a PEFT model around one, or a transformers pipeline with one; or one of
@@ -225,7 +238,7 @@ def patch(
         _log_default(family, request.methods, request.reason)
     earlier: PatchHandle | None = base.__dict__.get(_HANDLE)
     if earlier is not None:
-        earlier.undo()
+        earlier._take_back()
     if _is_compiled(model) or _is_compiled(outer) or _is_compiled(base):
         torch.compiler.reset()  # its guards overlook hooks that are added to what has run compiled before
     handle = PatchHandle(outer, boundary)
@@ -235,6 +248,8 @@ def patch(
         if earlier is not None:
             earlier._install()
         raise
+    if earlier is not None:
+        _tell_broken_promises(earlier)
     return handle
 
 
@@ -252,6 +267,14 @@ def unpatch(model: Any) -> None:
     if handle is None:
         raise PatchError(f"this {type(base).__name__} is not patched")
     handle.undo()
+
+
+def _tell_broken_promises(earlier: PatchHandle) -> None:
+    """Warn where a patch that was replaced had not kept its promises; the new one is in place and did nothing wrong."""
+    try:
+        earlier._boundary.accounts.promises.settle(wait=True)
+    except SelectionError as error:
+        warnings.warn(f"under the patch that this one replaces, {error}", stacklevel=3)
 
 
 def _is_compiled(model: Any) -> bool:

@@ -15,6 +15,7 @@ import torch
 
 from .allocate import split
 from .errors import BudgetError, OptionError, SelectionError
+from .transfer import moved as moved
 
 if TYPE_CHECKING:
     from .budget import Budget
@@ -65,11 +66,6 @@ def unprojected(rows: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on ``device``. The host does not wait for a copy to another device, only for one to itself."""
-    return tensor.to(device, non_blocking=device.type != "cpu")
-
-
 @dataclass(frozen=True)
 class Context:
     """What a method sees of one item.
@@ -102,7 +98,7 @@ class Context:
 
     @cached_property
     def candidates(self) -> torch.Tensor:
-        """[m] int64 on ``device``, the item's candidates."""
+        """[m] int64 on ``device``, the item's candidates. On the CPU these are the item's own: do not write into it."""
         return self.there(self.item.candidates)
 
     @cached_property
@@ -116,7 +112,7 @@ class Context:
         return self.there(self.item.partition)
 
     def there(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the host on ``device``; the host does not wait for the copy."""
+        """A tensor on ``device``; the host does not wait for a copy to CUDA."""
         return moved(tensor, self.device)
 
     def in_token_order(self, need: Attention) -> torch.Tensor:

@@ -32,10 +32,6 @@ from vlm_budget.registry import VIT_METHODS
 from .conftest import GENERATING
 from .patched import SAMPLE, unpatched_or_skip
 
-pytestmark = pytest.mark.skipif(
-    torch.version.cuda is None,
-    reason=f"torch {torch.__version__} is built without CUDA, so that it cannot even pretend (Linux wheels can)",
-)
 BUDGET = 0.6  # of four layers, the first two of which see all tokens where methods act inside
 # One that is asked per crop, one inside the language model, one greedy; one that reads the text, one that merges.
 METHODS = ("hired", "fastv", "divprune", "cdpruner", "visionzip")

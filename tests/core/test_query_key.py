@@ -88,17 +88,20 @@ def test_visible_rows_say_what_the_mask_says_in_any_form(form: str, rows: tuple[
     seen = torch.ones(2, 7, 7, dtype=torch.bool).tril()
     seen[1, :, :3] = False
     mask, causal = masks(seen)[form]
-    found = QueryKey(torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8), mask, 0.5, causal).visible(*rows)
+    found, end = QueryKey(torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8), mask, 0.5, causal).seen(*rows)
     assert found is not None
     flags = found if found.dtype == torch.bool else found == 0
+    assert (end is None) == (form != "padding"), "the other forms say themselves what is later"
+    if end is not None:
+        flags = flags & (torch.arange(7) < end[..., None])
     assert torch.equal(flags.expand(2, 1, rows[1] - rows[0], 7)[:, 0], seen[:, rows[0] : rows[1]])
 
 
 def test_without_a_mask_only_causality_limits() -> None:
     query, key = torch.randn(1, 2, 2, 8), torch.randn(1, 2, 5, 8)
-    assert QueryKey(query, key, None, 0.5, False).visible(0, 2) is None
-    late = QueryKey(query, key, None, 0.5, True).visible(0, 2)
-    assert late is not None and late[0, 0].tolist() == [[True] * 4 + [False], [True] * 5]
+    assert QueryKey(query, key, None, 0.5, False).seen(0, 2) == (None, None)
+    mask, end = QueryKey(query, key, None, 0.5, True).seen(0, 2)
+    assert mask is None and end is not None and end.tolist() == [[4, 5]]
 
 
 # --- leaving a module early ------------------------------------------------------------------------------------------

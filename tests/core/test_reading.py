@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+import tiny_models
+import vlm_budget
 from pretend_device import PretendDevice
 from vlm_budget.engine.prompts import CallShape, Prompts, Rows
 from vlm_budget.engine.reading import on_host, read_call, read_together
@@ -58,6 +60,41 @@ def test_sizes_are_read_once_and_known_by_their_tensor() -> None:
     assert [wait.kind for wait in waits] == ["read"]  # of the clone, which might be anything
     assert same["image_sizes"].device.type == other["image_sizes"].device.type == "cpu"
     assert same["image_sizes"].tolist() == other["image_sizes"].tolist() == [[336, 672]] and same["more"] == 1
+
+
+def test_sizes_that_were_written_to_are_read_again() -> None:
+    with PretendDevice():
+        sizes = torch.tensor([[336, 672]]).to("cuda")
+        _, known = read_call(None, LlavaNext(), ["image"], {"image_sizes": sizes})
+        sizes.copy_(torch.tensor([[5, 6]]).to("cuda"))
+        assert on_host(LlavaNext(), "image", {"image_sizes": sizes}, known)["image_sizes"].tolist() == [[5, 6]]
+
+
+def test_an_interrupted_call_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch runs no hook behind a forward that Ctrl-C ended; the next call with the same tensors is another one."""
+    monkeypatch.setenv("VLM_BUDGET_KERNELS", "reference")
+    tiny = tiny_models.build("llava_next")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with PretendDevice(), torch.no_grad():
+        model, inputs = tiny.model.to("cuda"), {name: value.to("cuda") for name, value in tiny.clone().items()}
+        sizes, pixels = inputs["image_sizes"], inputs["pixel_values"]
+        with vlm_budget.patch(model, "hired", 0.5) as handle:
+            boom = model.model.language_model.layers[1].register_forward_pre_hook(stop)
+            with pytest.raises(KeyboardInterrupt):
+                model(**inputs)
+            boom.remove()
+            sizes.copy_(sizes.flip(0))
+            seen = []
+            for given in (sizes, sizes.clone()):
+                model.model.get_image_features(pixel_values=pixels.flip(0), image_sizes=given)
+                seen.append([item.size for item in handle._boundary._local.latest["image"].items])
+            assert seen[0] == seen[1] != seen[0][::-1]
+            sizes.copy_(sizes.flip(0))
+            again = model(**inputs).logits.cpu()
+            assert torch.equal(model(**{name: value.clone() for name, value in inputs.items()}).logits.cpu(), again)
 
 
 def test_a_family_may_measure_what_it_must_know() -> None:

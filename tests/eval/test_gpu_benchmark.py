@@ -8,6 +8,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,10 +19,11 @@ import torch
 
 from vlm_budget import ops
 from vlm_budget.eval import large, op_cases, passes
-from vlm_budget.eval.device import Deadline, Stopwatch
+from vlm_budget.eval.device import Deadline, Stopwatch, graph_size, repetitions
 from vlm_budget.eval.op_cases import CASES
-from vlm_budget.eval.op_work import DisagreementError, OpCase, Sizes, Work, difference
+from vlm_budget.eval.op_work import DisagreementError, OpCase, Sizes, Work, difference, measured
 from vlm_budget.eval.steps import Record
+from vlm_budget.triton_kernels import _launch
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -74,7 +76,8 @@ def test_a_trial_measures_everything_and_says_that_it_is_one(trial: dict[str, An
     assert {row["op"] for row in trial["operations"]} == {case.op for case in CASES}
     assert {row["runs"] for row in trial["operations"]} == {"reference"}
     for row in trial["operations"]:
-        assert row["bytes"] > 0 and row["ms"]["cold"]["runs"] == 20 and row["difference"] < 1e-6
+        assert row["bytes"] > 0 and 1 <= row["ms"]["cold"]["runs"] <= 20 and row["difference"] < 1e-6
+        assert row["auto"] == "reference"
         assert row["ms"]["cold"]["q1"] <= row["ms"]["cold"]["median"] <= row["ms"]["cold"]["q3"]
     assert trial["machine"]["copy"]["bytes_per_second"] > 0 and trial["machine"]["matrix"]["flops_per_second"] > 0
 
@@ -90,7 +93,12 @@ def test_models_are_measured_stage_by_stage_beside_the_unpatched_and_the_native_
     assert hired["kept_tokens"] == round(0.2 * hired["visual_tokens"])
     assert first["native_tokens"] == first["prompt_tokens"] - hired["visual_tokens"] + hired["kept_tokens"]
     assert {"ttft", "vision_tower", "selection", "prefill", "own_prefill"} <= set(hired["ms"])
-    assert set(hired["ratios"]) == {"ttft_speedup", "overhead", "prefill_speedup", "against_native"}
+    assert set(ways["native", 0.2]["ms"]) == {"prefill", "prefill_ahead"}
+    against = {"against_native": "prefill", "against_native_ahead": "prefill_ahead"}
+    assert set(hired["ratios"]) == {"ttft_speedup", "overhead", "prefill_speedup", *against}
+    for ratio, stage in against.items():
+        expected = hired["ms"]["own_prefill"]["median"] / ways["native", 0.2]["ms"][stage]["median"]
+        assert hired["ratios"][ratio] == pytest.approx(expected)
     assert set(ways["fastv", 0.2]["ratios"]) == {"ttft_speedup", "overhead", "prefill_speedup"}
     assert "decode" not in ways["native", 0.2] and ways["full", 1.0]["ratios"] == {}
     assert ways["full", 1.0]["decode"]["tokens"] == 4 and ways["full", 1.0]["decode"]["tokens_per_second"] > 0
@@ -109,11 +117,31 @@ def test_the_plan_is_every_tile_and_batch_and_ends_with_what_matters_least() -> 
         for stage in ("prefill", "decode")
     }
     assert len(gpu.PLAN["real"]) == len(set(gpu.PLAN["real"]))
-    assert gpu.PLAN["real"][0] == ("llava_next", 5, 1, "prefill")
+    assert gpu.PLAN["real"][0] == ("llava_next", 5, 1, gpu.HIRED)
     assert sorted(gpu.LENGTHS["real"]) == [2880, 5760, 16384]
     assert {(variant.method, variant.budget) for variant in passes.VARIANTS} >= {
         (method, budget) for method in ("hired", "fastv", "divprune") for budget in (0.1, 0.2, 0.4)
     }
+
+
+def test_steps_go_from_what_matters_most_to_what_matters_least(tmp_path: Path) -> None:
+    record, arguments = begun(tmp_path)
+    bench = gpu.Bench(arguments, record, Deadline(60))
+    bench.size = "real"
+    names = [name for name, _ in bench.steps()]
+    assert len(names) == len(set(names)) == 1 + 3 * len(CASES) + len(gpu.PLAN["real"])
+    kinds = []
+    for name in names:
+        what, _, stage = name.partition(": ")
+        tokens, tiles = re.search(r"(\d+) tokens$", what), re.search(r"(\d) tiles?, batch", what)
+        if tokens:
+            kinds.append("2880" if tokens[1] == "2880" else "more tokens")
+        elif tiles:
+            kinds.append("rest" if tiles[1] != "5" or stage == gpu.OTHER else stage if stage == gpu.HIRED else "five")
+    assert list(dict.fromkeys(kinds)) == ["2880", gpu.HIRED, "five", "more tokens", "rest"]
+    assert kinds == sorted(kinds, key=list(dict.fromkeys(kinds)).index)
+    for family in large.FAMILIES:
+        assert names.index(f"{family}, 5 tiles, batch 1: prefill") < names.index(f"{family}, 5 tiles, batch 8: prefill")
 
 
 def test_every_operation_has_an_entry() -> None:
@@ -184,6 +212,51 @@ def test_a_model_whose_pruned_output_is_wrong_is_not_timed() -> None:
         pytest.raises(passes.WrongOutputError, match="llava_next, 2 tiles, batch 1: patched and native outputs differ"),
     ):
         passes.Case(made, 2, 1, Stopwatch(CPU))
+
+
+def test_a_native_run_within_the_model_that_is_wrong_is_not_timed() -> None:
+    made = large.build("llava_next", "tiny", CPU, torch.float32)
+    with (
+        mock.patch.object(passes.Case, "_fed_natively", nullcontext),
+        pytest.raises(passes.WrongOutputError, match="llava_next, 2 tiles, batch 1: two native outputs differ"),
+    ):
+        passes.Case(made, 2, 1, Stopwatch(CPU))
+
+
+def test_fewer_methods_first_and_all_of_them_later_leave_times_of_one_set_of_rounds() -> None:
+    made = large.build("llava_next", "tiny", CPU, torch.float32)
+    case = passes.Case(made, 2, 1, Stopwatch(CPU), rounds=(2, 2))
+    case.prefills(passes.CORE, Deadline(60))
+    assert set(case.rows) == set(passes.CORE)
+    case.prefills((*passes.CORE, passes.Variant("divprune", 0.2)), Deadline(60))
+    assert {len(times) for row in case.rows.values() for times in row.times.values()} == {2}
+
+
+def test_long_calls_are_timed_less_often_and_none_for_much_more_than_a_second() -> None:
+    assert repetitions(0.01) == 20 and graph_size(0.01) == (20, 20)
+    assert repetitions(70) == 3 and graph_size(70) == (1, 3) and repetitions(5000) == 1
+    for ms in (0.0, 0.1, 0.6, 2.0, 12.0, 50.0, 120.0):
+        length, repeats = graph_size(ms)
+        assert 3 * repetitions(ms) * ms + length * (repeats + 1) * ms <= 1100 and repeats == repetitions(ms)
+
+
+def test_an_operation_says_what_the_default_takes_and_what_has_no_graph() -> None:
+    class Loud:
+        """A kernel that only says that it was launched."""
+
+    kernel, watch = Loud(), Stopwatch(CPU)
+
+    def call() -> torch.Tensor:
+        if ops.mode() == "auto":
+            _launch.Kernel.launch(kernel, ())
+        return torch.ones(1)
+
+    with mock.patch.object(_launch.Kernel, "launch", lambda *_: None) as plain:
+        found = measured([Work(call, 4)], watch, "reference", lists=True)
+        assert _launch.Kernel.launch is plain
+    assert found["auto"] == "kernel" and found["runs"] == "reference"
+    assert found["not_replayed"] == "copies lists from the host" and found["ms"]["replayed"] is None
+    assert measured([Work(lambda: torch.ones(1), 4)], watch, "reference")["auto"] == "reference"
 
 
 def test_difference_is_relative_and_exact_for_whole_numbers() -> None:
@@ -307,8 +380,17 @@ def test_a_record_fills_the_page(trial: dict[str, Any]) -> None:
     data = json.loads(json.dumps(trial))
     for row in data["operations"]:
         row["tokens"] = 2880
+    data["operations"][0] |= {"auto": "kernel"}
+    data["operations"][0]["ms"]["cold"] |= {"median": 2.0, "runs": 3}
+    data["operations"][1]["ms"]["cold"] |= {"median": 2.0, "runs": 20}
     data["models"][0]["variants"][2]["waits"] = {"ours": 3}
+    data["models"][0]["variants"][2]["ratios"] |= {"against_native": 1.05, "against_native_ahead": 1.25}
     text = tables.gpu(data)
+    assert "| 1.08 x | 1.050 x (1.250 x with native launches issued ahead) |" in text
+    assert " (1.050 x, 1.250 x) |" in text and text.count(" issued ahead) |") == 2
+    first, second = [line for line in text.split("\n") if "| 2,880" in line][:2]
+    assert "| 2,880 | 2000.0 us (3 runs) |" in first
+    assert "| 2,880 (`auto` takes the reference) | 2000.0 us |" in second
     assert "| HiRED at 20%, prefill against native | 1.08 x | " in text and "| waits for the device" in text
     assert f"| {op_cases.LENGTHS[0]:,} | " in text and "llava_next, batch 1:\n\n| run |" in text
     (waits,) = [line for line in text.split("\n") if line.startswith("| waits")]

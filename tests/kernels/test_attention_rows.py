@@ -152,9 +152,44 @@ def test_rows_that_see_nothing_are_zero(run: Any) -> None:
 
 
 @BOTH
-def test_the_lowest_addend_on_all_keys_hides_none_of_them(run: Any) -> None:
-    mask = torch.full((1, 1, 1, 111), torch.finfo(torch.float32).min)
-    close(run(heads(1, 2, 1, 16), heads(1, 2, 111, 16), 0.25, mask=mask), torch.full((1, 1, 111), 1 / 111))
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -1e9, -65504.0])
+def test_the_lowest_addend_on_all_keys_hides_none_of_them(run: Any, value: float) -> None:
+    """It is added as models add it, in float32 before anything else is multiplied: what that leaves of logits, decides.
+
+    Whole numbers, so that all else is exact.
+    """
+    query, key = (torch.randint(-2, 3, (1, 2, length, 16)).float() for length in (3, 300))
+    mask = torch.zeros(1, 1, 3, 300)
+    mask[..., :2, :] = value
+    found = run(query, key, 0.25, mask=mask, reduce="none")
+    close(found, (query @ key.transpose(2, 3) * 0.25 + mask).double().softmax(-1))
+    if value < -1e6:
+        torch.testing.assert_close(found[:, :, :2], torch.full((1, 2, 2, 300), 1 / 300))
+    stop = torch.full((1, 3), 70)
+    close(run(query, key, 0.25, stop=stop, mask=mask, reduce="none")[..., :70].sum(-1), torch.ones(1, 2, 3))
+
+
+@BOTH
+@pytest.mark.parametrize("far", [2**31, 2**32 + 3, 2**63 - 1])
+def test_limits_beyond_32_bits_are_beyond_all_keys(run: Any, far: int) -> None:
+    query, key, near = heads(1, 2, 2, 16), heads(1, 1, 70, 16), torch.tensor([[5, 69]])
+    for limits in (
+        {"stop": torch.tensor([[far, 9]])},
+        {"first": torch.tensor([[-far, 9]]), "stop": near},
+        {"first": torch.tensor([[far, 9]])},
+        {"first": near, "stop": torch.tensor([[-far, far]])},
+    ):
+        close(run(query, key, 0.25, reduce="none", **limits), exactly(query, key, 0.25, **limits))
+
+
+@BOTH
+def test_integers_are_no_mask_and_no_heads_have_no_mean(run: Any) -> None:
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        with pytest.raises(KernelInputError, match="mask must be one of bool"):
+            run(torch.randn(2, 4, 3, 8), torch.randn(2, 2, 9, 8), 0.5, mask=torch.ones(2, 1, 3, 9, dtype=dtype))
+    for reduce in ("mean", "sum", "max", "none"):
+        with pytest.raises(KernelInputError, match="at least one head"):
+            run(torch.randn(2, 0, 3, 8), torch.randn(2, 2, 9, 8), 0.5, reduce=reduce)
 
 
 @BOTH

@@ -212,12 +212,27 @@ def test_positions_that_rows_share() -> None:
 def test_a_wrong_number_of_rows_is_told_on_the_host_and_harmless_on_the_device() -> None:
     *arguments, rows = call(63)
     expected = step_by_step(*arguments, rows)[3:]
-    for wrong in (rows - 3, rows + 30, 0):
+    for wrong in (rows - 3, len(arguments[-1][0]), 0):
         with pytest.raises(KernelInputError, match=f"{wrong} visual columns were said to be kept, and {rows} are"):
             compact_reference(*arguments, wrong)
         for level, whole in zip(compact_triton(*arguments, wrong)[3:], expected, strict=True):
             assert len(level) == wrong
             assert same(level[:rows], whole[:wrong])
+
+
+def test_a_level_shorter_than_the_visual_columns_is_not_read_behind_its_end() -> None:
+    *arguments, _ = call(63)
+    room = torch.full((len(arguments[6][0]), 8), float("nan"))
+    room[:3] = 1.0
+    arguments[6] = [room[:3]]
+    assert compact_triton(*arguments, 3)[3].isfinite().all()
+
+
+def test_embeddings_without_columns_still_have_positions_and_flags() -> None:
+    *arguments, rows = call(63)
+    arguments[0] = arguments[0][..., :0]
+    found, expected = (run(*arguments[:6], [], 0) for run in (compact_triton, compact_reference))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.usefixtures("kernels")
@@ -227,8 +242,8 @@ def test_all_is_copied_in_one_launch() -> None:
         compact_triton(*arguments[:6], [], 0)
     with recorded() as deep:
         compact_triton(*arguments)
-    assert [launch.kernel.name for launch in plain] == ["_payload"]
-    assert [launch.kernel.name for launch in deep] == ["_visual_rows", "_payload"]
+    made = [[one.kernel.name for one in each if one.config is one.kernel.configs[0]] for each in (plain, deep)]
+    assert made == [["_payload"], ["_visual_rows", "_payload"]]
 
 
 def test_rows_that_lie_more_than_two_to_the_31_elements_apart() -> None:
@@ -263,10 +278,12 @@ def test_rows_that_lie_more_than_two_to_the_31_elements_apart() -> None:
         ({3: torch.zeros(3, 8, dtype=torch.bool)}, r"keep must have shape \[3, 9\]"),
         ({4: torch.zeros(3, 9)}, r"positions must have shape \[any, 3, 9\]"),
         ({5: torch.zeros(3, 9)}, "visual must be one of bool"),
-        ({6: [torch.zeros(4, 8), torch.zeros(4, 9)]}, r"deepstack\[1\] must have shape \[any, 8\]"),
+        ({6: [torch.zeros(4, 8), torch.zeros(4, 9)]}, r"deepstack\[1\] must have shape \[4, 8\]"),
         ({6: [torch.zeros(4, 8), torch.zeros(4, 8).half()]}, r"deepstack\[1\] must be one of float32"),
-        ({7: 28}, "deepstack keeps 28 rows of visual columns"),
-        ({7: -1}, "deepstack keeps -1 rows of visual columns"),
+        ({6: [torch.zeros(8)]}, r"deepstack\[0\] must have shape \[any, any\]"),
+        ({6: [torch.zeros(26, 8)]}, "deepstack keeps 27 rows: pass visual= and levels with as many"),
+        ({7: 28}, "deepstack keeps 28 rows"),
+        ({7: -1}, "deepstack keeps -1 rows"),
         ({0: torch.zeros(3, 9)}, r"embeds must have shape \[any, any, any\]"),
         ({4: torch.zeros(1, 3, 9, device="meta")}, "all tensors must live on one device, .*positions on meta"),
     ],
@@ -274,13 +291,8 @@ def test_rows_that_lie_more_than_two_to_the_31_elements_apart() -> None:
 @pytest.mark.parametrize("run", [compact_reference, compact_triton])
 def test_a_call_that_does_not_fit_together(run: Callable[..., Any], change: dict[int, Any], message: str) -> None:
     arguments = [torch.zeros(3, 9, 8), torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2, dtype=torch.bool)]
-    arguments += [
-        torch.ones(3, 9, dtype=torch.bool),
-        None,
-        torch.ones(3, 9, dtype=torch.bool),
-        [torch.zeros(27, 8)],
-        27,
-    ]
+    flags = torch.ones(3, 9, dtype=torch.bool)
+    arguments += [flags, None, flags, [torch.zeros(27, 8)], 27]
     for place, value in change.items():
         arguments[place] = value
     with pytest.raises(KernelInputError, match=message):

@@ -14,7 +14,7 @@ from vlm_budget.triton_kernels import greedy_diversity as module
 from vlm_budget.triton_kernels.greedy_diversity import greedy_diversity_reference, greedy_diversity_triton
 
 # Tokens, and how many to choose: the interpreter takes a millisecond or so per choice.
-SIZES = ((1, 1), (7, 7), (63, 63), (111, 40), (577, 24), (2881, 8))
+SIZES = ((1, 1), (7, 7), (63, 63), (111, 40), (577, 24), (1500, 8), (2881, 8))
 HALVES = (torch.bfloat16, torch.float16)
 INFINITY, NAN = float("inf"), float("nan")
 
@@ -267,8 +267,11 @@ def test_groups_far_apart_are_addressed() -> None:
     unit = unit_rows(draw(n, groups=2))
     products.copy_(unit @ unit.mT)
     nearest, chosen = torch.empty(2, n), torch.empty(2, k, dtype=torch.int64)
-    module._nearest.launch((2 * 5,), products, None, nearest, n, beyond, n)
-    module._FARTHEST[1024].launch((2,), products, None, nearest, None, chosen, n, k, beyond, n, ROOMY=True)
+    lengths = 2.0 ** torch.arange(2 * n).remainder(5).view(2, n)
+    products.mul_(lengths[:, :, None]).mul_(lengths[:, None, :])
+    module._nearest.launch((2 * 5,), products, 1 / lengths, nearest, n, beyond, n)
+    assert torch.equal(products, unit @ unit.mT)
+    module._FARTHEST[1024].launch((2,), products, nearest.argmax(1), chosen, n, k, beyond, n, ROOMY=True)
     assert torch.equal(chosen, greedy_diversity_reference(unit, None, None, k, 0.5))
 
 
@@ -356,7 +359,7 @@ def test_a_kernel_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("n", [577, 2880, 5000, 10000])
+@pytest.mark.parametrize("n", [577, 1500, 2880, 5000, 10000])
 def test_on_the_device_every_choice_is_the_farthest_within_rounding(n: int, dtype: torch.dtype) -> None:
     """As in the interpreter: within 1e-5 of the best at every step; every padded size up to 16,384 is launched."""
     features, xyz, seed = (given.cuda() for given in (draw(n, 256, dtype=dtype), places(n), torch.tensor([n // 3])))

@@ -10,6 +10,9 @@ from torch.nn.functional import normalize
 
 from vlm_budget import ops
 from vlm_budget.errors import KernelInputError
+from vlm_budget.triton_kernels import _launch
+from vlm_budget.triton_kernels import nearest as module
+from vlm_budget.triton_kernels._keys import aligned
 from vlm_budget.triton_kernels.nearest import assign_triton, nearest_triton
 
 SIZES = (1, 7, 63, 111, 577, 2881)
@@ -171,6 +174,62 @@ def test_rows_far_apart_are_addressed() -> None:
     assert assign_triton(far, both, both, [2], [2]).tolist() == [0, 1]
 
 
+def test_a_stride_of_32_bits_may_lead_further() -> None:
+    """Three rows, 2**30 elements apart, read where they lie."""
+    far = torch.empty(2**31 + 16, dtype=torch.bfloat16).as_strided((3, 16), (2**30, 1))
+    far.copy_(torch.eye(16)[:3])
+    assert aligned(far) is far
+    every = torch.arange(3)
+    assert nearest_triton(far, every, 1, every, [3], [3], False)[0].tolist() == [[0], [1], [2]]
+    assert assign_triton(far, every, every, [3], [3]).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [0, 1, 17, 48])
+def test_launches_get_rows_that_begin_at_multiples_of_sixteen(width: int, dtype: torch.dtype) -> None:
+    """Also where the rows, the anchors or the tokens are part of something wider, or begin anywhere."""
+    wide, _ = draw(70, 0, width + 3, dtype)
+    keys, tokens, anchors = wide[:, 1 : width + 1], torch.arange(-1, 70)[1:], torch.arange(-1, 11)[1:]
+    for given in (keys, keys.clone(), wide[:, :width]):
+        with _launch.recorded() as made:
+            nearest_triton(given, anchors, 2, tokens, [70], [11], False)
+            assign_triton(given, anchors, tokens, [70], [11])
+        for launch in made:
+            assert all(value.data_ptr() % 16 == 0 for value in launch.arguments.values() if torch.is_tensor(value))
+            assert all(launch.arguments.get(name, 16) % 16 == 0 for name in ("width", "stride"))
+        with ops.use("triton"):
+            found = *ops.nearest(given, anchors, 2, among=tokens), ops.assign(given, anchors, among=tokens)
+        want = *ops.nearest(given, anchors, 2, among=tokens), ops.assign(given, anchors, among=tokens)
+        if width != 1:  # the cosines of single numbers differ by what they were rounded to
+            assert found[0].equal(want[0]) and found[2].equal(want[2])
+        torch.testing.assert_close(found[1], want[1], **TOLERANCE)
+
+
+def test_a_single_group_is_launched_without_a_table_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, anchors = draw(63, 5)
+    copied: list[str] = []
+    monkeypatch.setattr(module.torch, "tensor", lambda *given, **named: copied.append("a list of the host"))
+    with ops.use("triton"):
+        ops.nearest(keys, anchors, 3)
+        ops.assign(keys, anchors)
+        assert copied == []
+        with pytest.raises(AttributeError):  # groups do need one: the double gives nothing to copy
+            ops.nearest(keys, anchors, 3, sizes=[60, 3], shares=[3, 2])
+    assert copied == ["a list of the host"]
+
+
+@BOTH
+def test_keys_whose_length_overflows_are_equally_far_and_infinite_ones_near_to_none(which: Any) -> None:
+    keys = torch.eye(5)
+    keys[1] *= 3e19
+    keys[3, 0] = torch.inf
+    with ops.use(which):
+        index, similarity = ops.nearest(keys, torch.tensor([0, 1, 3]), 5)
+        assert ops.assign(keys, torch.tensor([0, 1])).tolist() == [0, 1, 0, 0, 0]
+    assert index.tolist() == [[0, 1, 2, 4, -1], [0, 1, 2, 4, -1], [-1] * 5]
+    assert similarity[:2, :4].tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
+
+
 def test_compile_traces_past_the_operations() -> None:
     keys, anchors = draw(63, 5)
 
@@ -204,6 +263,15 @@ def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
         assign_triton(**given, sizes=[4], shares=[1])
     with pytest.raises(KernelInputError, match=message):
         nearest_triton(**given, count=1, sizes=[4], shares=[1], exclude_self=False)
+
+
+@pytest.mark.parametrize(("sizes", "shares"), [([4], [1, 0]), ([5, -1], [1, 0]), ([2, 2], [2, -1])])
+def test_kernels_refuse_groups_that_do_not_match(sizes: list[int], shares: list[int]) -> None:
+    keys, anchors, among = torch.zeros(4, 3), torch.zeros(1, dtype=torch.long), torch.arange(4)
+    with pytest.raises(KernelInputError, match="same groups, by counts of at least 0"):
+        nearest_triton(keys, anchors, 1, among, sizes, shares, False)
+    with pytest.raises(KernelInputError, match="same groups, by counts of at least 0"):
+        assign_triton(keys, anchors, among, sizes, shares)
 
 
 @pytest.mark.parametrize(

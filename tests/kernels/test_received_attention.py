@@ -23,6 +23,7 @@ SIZES = (1, 7, 63, 111, 577, 2881)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 BOTH = pytest.mark.parametrize("run", [received_attention_reference, received_attention_triton])
 INFINITY, NAN = float("inf"), float("nan")
+LOWEST = (torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -1e9, -65504.0)
 
 
 def heads(batch: int, count: int, length: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -54,6 +55,22 @@ def exactly(
 def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-4) -> None:
     assert found.dtype == torch.float32 and found.is_contiguous()
     torch.testing.assert_close(found, wanted.float(), atol=tolerance / found.shape[1], rtol=1e-5)
+
+
+def whole(batch: int, count: int, length: int, width: int) -> torch.Tensor:
+    """[batch, count, length, width] whole numbers, whose products no order of addition rounds."""
+    return torch.randint(-2, 3, (batch, length, count, width)).float().transpose(1, 2)
+
+
+def in_float32(
+    query: torch.Tensor, key: torch.Tensor, scaling: float, mask: torch.Tensor, stop: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[B, L] float64, of addends on logits that are rounded to float32, as models add them."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    logits = (query @ key.transpose(-1, -2) * scaling + mask.float()).double()
+    if stop is not None:
+        logits = logits.masked_fill(torch.arange(key.shape[2]) >= stop[:, None, :, None], -INFINITY)
+    return logits.softmax(-1).mean((1, 2))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -155,6 +172,43 @@ def test_rows_that_are_empty_or_hold_nan_or_infinity_give_nothing(run: Any, valu
 
 
 @BOTH
+@pytest.mark.parametrize("value", LOWEST, ids=str)
+def test_rows_that_a_mask_lowers_as_a_whole_give_as_much_as_others(run: Any, value: float) -> None:
+    """Rows of padding: what the mask adds is so large that a logarithm beside it is lost."""
+    query, key = whole(1, 2, 70, 16), whole(1, 1, 130, 16)
+    mask = torch.zeros(1, 1, 70, 130)
+    mask[..., :5, :], mask[..., 60:, 100:] = value, value
+    stop = torch.arange(61, 131)[None]
+    for limits in ({}, {"stop": stop}):
+        for form in (mask, mask.bfloat16()) if value > -3.39e38 else (mask,):
+            close(run(query, key, 0.25, mask=form, **limits), in_float32(query, key, 0.25, form, **limits))
+            total = run(query, key, 0.25, mask=form, reduce="sum", **limits).sum()
+            torch.testing.assert_close(total, torch.tensor(70.0))
+
+
+@BOTH
+@pytest.mark.parametrize("scaling", [1e3, -1e5, 3e30])
+def test_huge_logits_share_as_small_ones_do(run: Any, scaling: float) -> None:
+    query, key = whole(1, 2, 70, 16), whole(1, 1, 130, 16)
+    close(run(query, key, scaling), exactly(query, key, scaling))
+
+
+@BOTH
+@pytest.mark.parametrize("far", [2**31, 2**32 + 3, 2**63 - 1])
+def test_limits_beyond_32_bits_are_beyond_all_keys(run: Any, far: int) -> None:
+    query, key = heads(1, 1, 70, 16), heads(1, 1, 130, 16)
+    near = torch.arange(60, 130)[None]
+    for limits in (
+        {"stop": torch.full_like(near, far)},
+        {"first": near, "stop": torch.full_like(near, far)},
+        {"first": torch.full_like(near, -far), "stop": near},
+        {"first": torch.where(near % 2 == 0, near, far)},
+        {"stop": torch.where(near % 2 == 0, near, -far)},
+    ):
+        close(run(query, key, 0.25, **limits), exactly(query, key, 0.25, **limits))
+
+
+@BOTH
 def test_nothing_in_nothing_out(run: Any) -> None:
     assert torch.equal(run(torch.randn(2, 4, 0, 8), torch.randn(2, 2, 7, 8), 0.5), torch.zeros(2, 7))
     assert run(torch.randn(2, 4, 3, 8), torch.randn(2, 2, 0, 8), 0.5).shape == (2, 0)
@@ -177,6 +231,16 @@ def test_rows_far_apart_are_addressed() -> None:
     query, key = (one.as_strided((2, 1, 63, 16), (stride, 16, 16, 1)) for one in both)
     query.copy_(torch.randn(query.shape)), key.copy_(torch.randn(key.shape))
     close(received_attention_triton(query, key, 0.25), exactly(query, key, 0.25))
+
+
+@BOTH
+def test_integers_are_no_mask_and_no_heads_have_no_mean(run: Any) -> None:
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        with pytest.raises(KernelInputError, match="mask must be one of bool"):
+            run(torch.randn(2, 4, 3, 8), torch.randn(2, 2, 9, 8), 0.5, mask=torch.ones(2, 1, 3, 9, dtype=dtype))
+    for n in (3, 0):
+        with pytest.raises(KernelInputError, match="at least one head"):
+            run(torch.randn(2, 0, n, 8), torch.randn(2, 2, 9, 8), 0.5)
 
 
 GOOD: dict[str, Any] = {"query": torch.randn(2, 4, 3, 8), "key": torch.randn(2, 2, 9, 8), "scaling": 0.5}
@@ -229,7 +293,7 @@ def test_the_host_reads_nothing_and_memory_grows_with_the_length() -> None:
     with _launch.recorded() as launches:
         assert received_attention_triton(query, key, 0.5, limit, limit).shape == (2, 2880)
     assert len(launches) == 2
-    made = [launches[1].arguments[name] for name in ("norms", "begins", "ends", "sums")]
+    made = [launches[1].arguments[name] for name in ("peaks", "scales", "begins", "ends", "sums")]
     assert max(tensor.numel() for tensor in made) <= 2 * 4 * 2880
 
 

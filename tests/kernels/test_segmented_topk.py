@@ -69,6 +69,13 @@ def test_empty_segments_and_no_segments(run) -> None:
 
 
 @pytest.mark.parametrize("run", [segmented_topk_reference, segmented_topk_triton])
+def test_segments_and_counts_beyond_32_bits_are_not_folded(run) -> None:
+    scores, segment = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([0, 2**32, -(2**32)])
+    assert run(scores, segment, torch.tensor([2**32 + 1]), 1).tolist() == [0]
+    assert run(scores, segment, torch.tensor([-1]), 1).tolist() == [-1]
+
+
+@pytest.mark.parametrize("run", [segmented_topk_reference, segmented_topk_triton])
 def test_counts_that_a_segment_cannot_meet_leave_slots_marked(run) -> None:
     scores, segment = torch.tensor([3.0, 1.0, 2.0, 9.0]), torch.tensor([0, 0, 0, 1])
     assert run(scores, segment, torch.tensor([5, 0]), 4).tolist() == [0, 1, 2, -1]
@@ -110,7 +117,7 @@ def test_compile_traces_past_the_operation() -> None:
         ({"scores": torch.zeros(4, dtype=torch.float64)}, "scores must be one of float32"),
         ({"segment": torch.zeros(4, dtype=torch.int16)}, "segment must be one of int64"),
         ({"scores": torch.zeros(8)[::2]}, "contiguous"),
-        ({"scores": torch.zeros(2, 2)}, "one contiguous row"),
+        ({"scores": torch.zeros(2, 2)}, r"must have shape \[any\]"),
         ({"segment": torch.zeros(4, dtype=torch.long, device="meta")}, "one device"),
         ({"segment": torch.zeros(3, dtype=torch.long)}, "one segment per score"),
         ({"scores": torch.zeros(1).expand(2**31), "segment": torch.zeros(1).long().expand(2**31)}, "32 bits"),

@@ -18,6 +18,9 @@ from vlm_budget.pruners.cls_topk import ClsTopK
 from vlm_budget.pruners.prumerge import PruMerge, PruMergePlus
 from vlm_budget.pruners.token_transforming import TokenTransforming, transform_matrix
 from vlm_budget.pruners.visionzip import VisionZip
+from vlm_budget.triton_kernels import _launch
+from vlm_budget.triton_kernels import softmax_merge as softmax
+from vlm_budget.triton_kernels.softmax_merge import softmax_merge_reference
 from vlm_budget.triton_kernels.weighted_merge import (
     _sums,
     assigned_merge_triton,
@@ -109,8 +112,52 @@ def test_softmax_over_some_with_keys_of_another_dtype(which: Any) -> None:
 def test_the_reference_in_pieces_mixes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     values, _ = draw(63, 5)
     whole = ops.softmax_merge(values, values, torch.arange(9), 0.3)
-    monkeypatch.setattr("vlm_budget.triton_kernels.weighted_merge.ENTRIES", 130)
+    monkeypatch.setattr("vlm_budget.triton_kernels.softmax_merge.ENTRIES", 130)
     torch.testing.assert_close(ops.softmax_merge(values, values, torch.arange(9), 0.3), whole)
+
+
+@DTYPES
+def test_strips_of_anchors_mix_the_same_with_each_cosine_made_once(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, generator = draw(150, 200, dtype)
+    keys, anchors = torch.randn(150, 40, generator=generator).to(dtype), torch.arange(130)
+    given = keys, anchors, 0.3, torch.arange(150), 0.25
+    whole = softmax_merge_triton(values, *given)
+    monkeypatch.setattr(softmax, "SCRATCH", 1)
+    assert softmax_merge_triton(values, *given).equal(whole)
+    with _launch.recorded() as made:
+        softmax_merge_triton(values, *given)
+    made = [launch.arguments for launch in made]
+    assert [each["count"] for each in made] == [64, 64, 64, 64, 2, 2]  # cosines and mixtures of three strips
+    assert all(each["shares"].shape == (64, 256) for each in made)
+    torch.testing.assert_close(whole.float(), softmax_merge_reference(values, *given).float(), **TOLERANCE[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize(("width", "key_width"), [(1, 17), (20, 1), (48, 48)])
+def test_softmax_launches_get_rows_that_begin_at_multiples_of_sixteen(
+    width: int, key_width: int, dtype: torch.dtype
+) -> None:
+    wide, _ = draw(70, 80, dtype)
+    values, keys, rows = wide[:, 1 : width + 1], wide[:, 3 : key_width + 3], torch.arange(-1, 70)[1:]
+    given = values, keys, torch.arange(6)[1:], 0.3, rows, 0.25
+    with _launch.recorded() as made:
+        softmax_merge_triton(*given)
+    for launch in made:
+        assert all(value.data_ptr() % 16 == 0 for value in launch.arguments.values() if torch.is_tensor(value))
+        assert all(launch.arguments[name] % 16 == 0 for name in ("width", "stride"))
+    found = softmax_merge_triton(*given)
+    assert found.shape == (5, width) and found.is_contiguous()
+    torch.testing.assert_close(found.float(), softmax_merge_reference(*given).float(), **TOLERANCE[dtype])
+
+
+@BOTH
+def test_softmax_of_keys_whose_length_overflows_is_that_of_zeros(which: Any) -> None:
+    values, keys = torch.arange(3.0)[:, None], torch.tensor([[3e19, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    with ops.use(which):
+        found = ops.softmax_merge(values, keys, torch.tensor([0, 1]), 1e-3)
+    torch.testing.assert_close(found[:, 0], torch.tensor([1.0, 1.0]))
 
 
 @BOTH
@@ -144,6 +191,10 @@ def test_rows_far_apart_are_addressed() -> None:
     assert weighted_merge_triton(far, both[:, None], torch.ones(2, 1)).equal(far)
     assert assigned_merge_triton(far, both, torch.ones(2), 2, both).equal(far)
     assert softmax_merge_triton(far, far, both, 1e-3, both, 0.0).equal(far)
+    far = torch.empty(2**31 + 16, dtype=torch.bfloat16).as_strided((3, 16), (2**30, 1))
+    far.copy_(torch.eye(16)[:3])
+    every = torch.arange(3)
+    assert softmax_merge_triton(far, far, every, 1e-3, every, 0.0).equal(far)
 
 
 def test_outputs_far_apart_are_addressed() -> None:
@@ -238,6 +289,9 @@ def test_what_the_host_knows_is_checked() -> None:
         ops.assigned_merge(values, torch.zeros(4).long(), torch.zeros(4), -1)
     with pytest.raises(KernelInputError, match="temperature must be above 0, got 0"):
         ops.softmax_merge(values, values, index[:, 0], 0)
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(KernelInputError, match="temperature must be above 0"):
+            softmax_merge_triton(values, values, index[:, 0], temperature, torch.arange(4), 0.0)
     with pytest.raises(KernelInputError, match="among is empty"):
         ops.softmax_merge(values, values, index[:, 0], 1, among=index[:0, 0])
     with pytest.raises(KernelInputError, match=r"keys \[n, C\]"):

@@ -16,6 +16,7 @@ from ..plan import Plan
 from ..report import KeptItem, Report
 from .cache import cache_state
 from .clock import Interval, total_ms
+from .local import CallLocal
 from .promises import Promises
 from .run import DropRun
 
@@ -35,7 +36,7 @@ class Account:
         steps: Per decoder layer at which tokens were dropped, per prompt, per item, the positions left.
         stages: Measured intervals per stage.
         kv: Bytes that the prompt takes in the cache, and those it would take unpruned.
-        promises: What the methods are held to.
+        promises: What the methods are held to, in this pass and all others of the patch.
     """
 
     plan: Plan | None = None
@@ -130,6 +131,33 @@ class Account:
             kv_bytes=self.kv[0],
             kv_bytes_unpruned=self.kv[1],
         )
+
+
+class Accounts:
+    """The accounts of a patch: calls are booked per thread, and the account opened last is the one to report.
+
+    Attributes:
+        promises: What the methods are held to.
+        last: The account to report; None before the first prompt.
+    """
+
+    def __init__(self) -> None:
+        self.promises = Promises()
+        self.last: Account | None = None
+        self._local = CallLocal()
+
+    def open(self) -> Account:
+        """A new account for this thread."""
+        self.last = self._local.account = Account(promises=self.promises)
+        return self.last
+
+    def current(self) -> Account:
+        """This thread's account."""
+        return getattr(self._local, "account", None) or self.open()
+
+    def reopen(self, account: Account) -> None:
+        """Go on with an earlier account of this thread."""
+        self.last = self._local.account = account
 
 
 def column_bytes(cache: Any) -> list[int]:

@@ -22,7 +22,7 @@ from ..layout import Modality, VisualLayout
 from ..plan import Plan
 from ..pruner import moved
 from ..request import PositionModes, Request
-from .account import Account
+from .account import Account, Accounts
 from .arguments import grow_output
 from .cache import CacheState, cache_state, set_cache_state
 from .candidates import PromptTokens
@@ -32,9 +32,9 @@ from .compact import Compaction
 from .layers import Hook, LayerDropper
 from .local import CallLocal, RunningThreads
 from .masks import is_square
+from .nested import clear, is_own, put_back, set_aside
 from .observe import AttachedInput, Observer, bound_arguments
 from .probes import AttachedProbe
-from .promises import Promises
 from .prompts import CallShape, Prompts, Rows, placeholders, prompt_tokens
 from .reading import read_call
 from .run import DropRun, Entered
@@ -70,7 +70,7 @@ class Boundary:
             plan = spend if isinstance(spend, Plan) else None
             self.dropper = LayerDropper(base, family, decoder, modes.decoder, watch, plan)
         self.chooser = Chooser(base, family, request, self.observer, self.dropper)
-        self.account: Account | None = None
+        self.accounts = Accounts()
         self.running = RunningThreads()
         self._local = CallLocal()
 
@@ -109,19 +109,23 @@ class Boundary:
     def watch_generate(self, call: Any, args: Any, kwargs: Any) -> Any:
         """Around ``generate``: remember the prompts, which chunked prefill never shows as a whole."""
         local = self._local
-        earlier = getattr(local, "generating", None)
-        prompts = Prompts.of_generate(args, kwargs, _length(kwargs.get("past_key_values")))
-        local.generating = self._read(prompts, kwargs)
-        # Features given here lose their ties when generate cuts them into chunks.
-        local.latest, local.selection = tied_observations(kwargs), None
-        self._open_account()
+        self._resume()
+        outer = set_aside(local, self.accounts) if self._generating is not None else None
+        clear(local)  # an interrupted call did not
         try:
+            prompts = Prompts.of_generate(args, kwargs, _length(kwargs.get("past_key_values")))
+            local.generating = self._read(prompts, kwargs)
+            # Features given here lose their ties when generate cuts them into chunks.
+            local.latest = tied_observations(kwargs)
+            self.accounts.open()
             output = call(*args, **kwargs)
-            self._account().promises.settle()
+            self.accounts.promises.settle()
             return output
         finally:
-            local.generating = earlier
-            local.latest, local.selection, local.known = {}, None, ()
+            local.aside = None
+            clear(local)
+            if outer is not None:
+                put_back(local, self.accounts, outer)
 
     def watch_image_encoder(self, call: Any, args: Any, kwargs: Any) -> Any:
         """Around ``get_image_features``."""
@@ -136,14 +140,16 @@ class Boundary:
         if getattr(local, "encoding", False):
             return call(*args, **kwargs)  # Qwen3-VL encodes videos through its image encoder
         interval = Interval(self._device)
+        inside = self._generating is not None or getattr(local, "given", None) is not None
         local.encoding = True
         try:
-            output, seen = self.observer.observe(modality, call, args, kwargs, getattr(local, "known", ()))
+            known = getattr(local, "known", ()) if inside else ()
+            output, seen = self.observer.observe(modality, call, args, kwargs, known)
         finally:
             local.encoding = False
         local.latest = {**getattr(local, "latest", {}), modality: seen}
         tie_observation(output, seen)
-        stages = self._account().stages
+        stages = self.accounts.current().stages
         stages["encode"].append(interval.stop())
         stages["probe"] += self.observer.probe_intervals()
         return output
@@ -158,22 +164,25 @@ class Boundary:
         local = self._local
         if args:
             kwargs = bound_arguments(module.forward, args, kwargs)
+        self._resume()
         local.visual, local.outer_mask = {}, kwargs.get("attention_mask")
         cache, tied = kwargs.get("past_key_values"), tied_observations(kwargs)
-        cached = _length(cache)
+        cached, given = _length(cache), self.family.given_modalities(kwargs)
         local.counted = (cache, cached)
-        if self._generating is None:
-            local.latest = {}
-            if cached == 0:
-                self._open_account()
-        local.latest = {**local.latest, **tied}
         local.given = Prompts.of_forward(kwargs, cached)
+        if self._generating is not None and not is_own(local, cache, cached, local.given.length, bool(given)):
+            local.aside = set_aside(local, self.accounts)
+        if self._generating is None:
+            clear(local)  # an interrupted call did not
+            if cached == 0:
+                self.accounts.open()
+        local.latest = {**local.latest, **tied}
         if self._generating is None:
             local.given = self._read(local.given, kwargs)
         elif self._generating.counts is None and self._generating.ids is not None:
             local.generating = self._read(self._generating, kwargs)
         tokens = self.family.token_ids(self.base.config)
-        for modality in self.family.given_modalities(kwargs):
+        for modality in given:
             local.visual[modality] = placeholders(tokens[modality], kwargs, self.base)
 
     @torch.compiler.disable
@@ -182,7 +191,8 @@ class Boundary:
         local = self._local
         local.visual, local.outer_mask, local.given, local.counted = {}, None, None, None
         if self._generating is None:
-            local.latest, local.selection, local.known = {}, None, ()
+            clear(local)
+        self._resume()
 
     # --- language model --------------------------------------------------------------------------------------------
 
@@ -194,8 +204,7 @@ class Boundary:
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         if embeds is None:
             return None
-        if (account := getattr(local, "account", None)) is not None:
-            account.promises.settle()
+        self.accounts.promises.settle()
         self.running.enter()
         earlier, past = cache_state(cache), self._cached(cache)
         visual = {m: moved(mask, embeds.device) for m, mask in getattr(local, "visual", {}).items()}
@@ -212,7 +221,7 @@ class Boundary:
         else:
             new, state, compaction, rows = self._shorten(call, known, visual)
         self._enter_layers(call, new, known, visual, compaction, rows)
-        self._account().stages["compact" if prompt else "translate"].append(interval.stop())
+        self.accounts.current().stages["compact" if prompt else "translate"].append(interval.stop())
         local.pending = Pending(Interval(embeds.device), prompt, length, state, compaction, earlier)
         if earlier is not None:
             set_cache_state(cache, replace(earlier, physical=True))
@@ -232,7 +241,7 @@ class Boundary:
             set_cache_state(kwargs["past_key_values"], pending.earlier)
         if output is None:  # the language model raised
             return None
-        account = self._account()
+        account = self.accounts.current()
         account.stages["prefill" if pending.prompt else "decode"].append(pending.interval.stop())
         interval = Interval(output.last_hidden_state.device)
         state, compaction = pending.state, pending.compaction
@@ -263,7 +272,11 @@ class Boundary:
         shape = CallShape(batch, call.past, length, frozenset(visual))
         rows = prompts.lengths(shape, *known.selection.row_tokens())
         columns = torch.stack(list(visual.values())).any(0)
-        compaction, tail, rows = call.compaction(keep, columns, prompts.extra(call.past, length), rows)
+        extra, expected = prompts.extra(call.past, length), rows
+        compaction, tail, rows = call.compaction(keep, columns, extra, expected)
+        if expected is not None:  # what was worked out, not read: too few slots would cut tokens off
+            kept, claim = compaction.keep.sum(1), "the rows of the language model's call were taken to hold"
+            self.accounts.promises.expect(kept, rows.lengths, claim)
         decoder: Any = self.family.language_model(self.base)
         if "flash" in str(decoder.config._attn_implementation) and not self.packed:
             call.require_no_gaps(compaction)
@@ -309,6 +322,11 @@ class Boundary:
     # --- pieces ----------------------------------------------------------------------------------------------------
 
     @property
+    def account(self) -> Account | None:
+        """The account to report; None before the first prompt."""
+        return self.accounts.last
+
+    @property
     def _device(self) -> torch.device:
         return next(self.base.parameters()).device
 
@@ -317,6 +335,12 @@ class Boundary:
         """What the ``generate`` in progress was given."""
         generating: Prompts | None = getattr(self._local, "generating", None)
         return generating
+
+    def _resume(self) -> None:
+        """Go on with the ``generate`` that a forward of other prompts interrupted."""
+        if (aside := getattr(self._local, "aside", None)) is not None:
+            self._local.aside = None
+            put_back(self._local, self.accounts, aside)
 
     @property
     def _prompts(self) -> Prompts:
@@ -351,7 +375,7 @@ class Boundary:
             return known
         interval = Interval(embeds.device)
         choice = self.chooser.choose(observations, counts, self._prompts, visual, embeds.device)
-        account = self._account()
+        account = self.accounts.current()
         account.plan, account.layout, account.keep = choice.plan, choice.layout, choice.keep
         account.text, account.rows = choice.text, len(embeds)
         account.stages["select"].append(interval.stop())
@@ -362,31 +386,12 @@ class Boundary:
 
     def _cached(self, cache: Any) -> int:
         """Columns in a cache, which a static one keeps on the device: asked for once per call of the model."""
-        counted = getattr(self._local, "counted", None)
+        counted, self._local.counted = getattr(self._local, "counted", None), None
         return counted[1] if counted is not None and counted[0] is cache else _length(cache)
 
     def _is_prompt(self, past: int, visual: Any) -> bool:
         generating = self._generating
         return past == 0 or bool(visual) or (generating is not None and past < generating.length)
-
-    def settle(self) -> None:
-        """Wait for the device where that is still to tell whether a method kept its promise.
-
-        Raises:
-            SelectionError: It did not.
-        """
-        if self.account is not None:
-            self.account.promises.settle(wait=True)
-
-    def _open_account(self) -> Account:
-        """A new account; the thread's promises outlast it."""
-        earlier = getattr(self._local, "account", None)
-        promises = Promises() if earlier is None else earlier.promises
-        self.account = self._local.account = Account(promises=promises)
-        return self.account
-
-    def _account(self) -> Account:
-        return getattr(self._local, "account", None) or self._open_account()
 
 
 def _length(cache: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -25,6 +26,13 @@ class Interval:
         """End the measurement."""
         self._marks.append(self._mark())
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of what ended on a device tells the same time, without the device's events, which cannot be copied."""
+        marks = self._marks
+        if self._cuda:
+            marks = [0.0, self.ms / 1000] if len(marks) == 2 else [time.perf_counter()]
+        return {"_cuda": False, "_marks": marks}
 
     @property
     def ms(self) -> float:

@@ -1,8 +1,4 @@
-"""Scores are computed and tokens chosen in float32, whatever ``torch.autocast`` the model runs under.
-
-Autocast would take every matrix product of a method back to half precision, where close candidates tie, and a choice
-would depend on rounding. A method that calls back into the model (its projector) finds the model's own autocast again.
-"""
+"""The model's own autocast, for what a method calls back into: everything else of it runs :func:`exactly`."""
 
 from __future__ import annotations
 
@@ -10,12 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from ..precision import exactly as exactly
+
 Rows = Callable[[torch.Tensor], torch.Tensor]
-
-
-def exactly(device: torch.device) -> torch.autocast:
-    """A context without autocast on a device."""
-    return torch.autocast(device.type, enabled=False)
 
 
 def as_the_model(call: Rows, device: torch.device) -> Rows:

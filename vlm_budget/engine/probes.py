@@ -19,10 +19,9 @@ from torch import nn
 
 from ..errors import PatchError
 from ..ops import attention_rows, received_attention, runs_kernel
-from ..triton_kernels.attention_rows import between
+from ..precision import exactly
 from .clock import Interval
 from .local import CallLocal
-from .precision import exactly
 
 _PREFIX = "vlm_budget_probe|"
 _SINK = "_vlm_budget_sink"
@@ -179,19 +178,14 @@ class QueryKey:
     scaling: float
     causal: bool
 
-    def visible(self, start: int, stop: int) -> torch.Tensor | None:
-        """Which keys the queries ``start:stop`` may see.
+    def seen(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Which keys the queries ``start:stop`` may see: those that mask and ends both allow.
 
         Returns:
             Broadcastable to [B, 1, stop - start, Lk] (a mask per head stays [B, H, ...]): bool (True = may be seen), or
-            additive float as the backend got it; None where all is seen.
+            additive float as the backend got it; None where all is seen. And where causality alone limits,
+            [1, stop - start] int32, how many keys in front may be seen.
         """
-        mask, end = self.seen(start, stop)
-        within = between(None, end, self.key.shape[2])
-        return mask if within is None else within if mask is None else within & mask
-
-    def seen(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The same in two: a mask, and where causality alone limits, [1, stop - start] int32 ends of what is seen."""
         mask, end = _mask_rows(self.mask, start, stop, self.query, self.key), None
         if self.causal and (self.mask is None or (isinstance(self.mask, torch.Tensor) and self.mask.ndim == 2)):
             behind = self.key.shape[2] - self.query.shape[2] + 1

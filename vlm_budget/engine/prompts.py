@@ -246,7 +246,7 @@ class Rows:
     Attributes:
         lengths: [B] tokens per row.
         visual: [B] of these, the visual ones.
-        instructions: [B] of these, the text behind the last visual token and before ``extra``; 0 where none is.
+        behind: [B] of these, the text behind the last visual token and before ``extra``; 0 where none is.
         extra: Tokens behind the prompts.
         right_padded: On which side rows are padded.
         slots: The longest row's tokens, at least 1.
@@ -254,7 +254,7 @@ class Rows:
 
     lengths: list[int]
     visual: list[int]
-    instructions: list[int]
+    behind: list[int]
     extra: int
     right_padded: bool
     slots: int
@@ -291,7 +291,7 @@ def prompt_tokens(
             kept.append(ItemTokens(item, dict(counts.steps), first(mine, counts.keep), columns))
         any_visual = torch.stack(list(flags.values())).any(0)
         text = first(~any_visual, length - sum(len(item.alive) for item in kept))
-        behind = rows.instructions[row]
+        behind = rows.behind[row]
         asked = text[len(text) - behind :] if behind else text
         found.append(PromptTokens(tuple(kept), text, asked, length, rows.extra, behind))
     return found

@@ -16,8 +16,9 @@ import torch
 from ..families.base import Family
 from ..layout import Modality
 
-Known = Sequence[tuple[str, torch.Tensor, torch.Tensor]]
-"""What was read of a call's inputs: the name that the family's layout has for it, the input, and the numbers."""
+Known = Sequence[tuple[str, torch.Tensor, int | None, torch.Tensor]]
+"""What was read of a call's inputs: the name that the family's layout has for it, the input, its version, the numbers.
+"""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def read_call(
     sources = [found for modality in modalities for found in _sources(family, modality, inputs)]
     numbers = read_together([*rows.values(), *(family.measure(name, given) for name, given in sources)])
     counts = dict(zip(rows, numbers, strict=False))
-    return counts, [(*source, host) for source, host in zip(sources, numbers[len(rows) :], strict=True)]
+    hosts = zip(sources, numbers[len(rows) :], strict=True)
+    return counts, [(name, given, _version(given), host) for (name, given), host in hosts]
 
 
 def on_host(family: Family, modality: Modality, inputs: Mapping[str, Any], known: Known) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def on_host(family: Family, modality: Modality, inputs: Mapping[str, Any], known
     found: dict[str, Any] = dict(inputs)
     missing = []
     for name, given in _sources(family, modality, inputs):
-        host = next((numbers for known_as, it, numbers in known if known_as == name and it is given), None)
+        host = _recall(name, given, known)
         if host is None:
             missing.append((name, family.measure(name, given)))
         found[name] = host
@@ -99,3 +101,14 @@ def on_host(family: Family, modality: Modality, inputs: Mapping[str, Any], known
 def _sources(family: Family, modality: Modality, inputs: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
     named = [(name, inputs.get(source)) for name, source in family.sizes.get(modality, {}).items()]
     return [(name, given) for name, given in named if isinstance(given, torch.Tensor)]
+
+
+def _recall(name: str, given: torch.Tensor, known: Known) -> torch.Tensor | None:
+    """The numbers that were read of an input, unless it was written to since (an interrupted call forgets nothing)."""
+    same = (host for what, it, version, host in known if what == name and it is given and version == _version(given))
+    return next(same, None)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """Counts the writes to a tensor; None in inference mode, where torch does not."""
+    return None if tensor.is_inference() else tensor._version

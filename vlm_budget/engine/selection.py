@@ -11,8 +11,10 @@ import torch
 from ..errors import LayoutError, PlanError
 from ..layout import Modality, VisualItem, group_rows
 from ..plan import Plan
-from ..pruner import Attention, Context, Pruner, Selection, moved, unprojected
-from .precision import as_the_model, exactly
+from ..precision import exactly
+from ..pruner import Attention, Context, Pruner, Selection, unprojected
+from ..transfer import moved
+from .precision import as_the_model
 
 Project = Callable[[torch.Tensor], torch.Tensor]
 

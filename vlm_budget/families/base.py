@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import LayoutError, PatchError
 from ..layout import Modality, Partition, PartitionKind, VisualItem
 from ..pruner import Tower
+from ..transfer import moved
 from . import flops
 
 # Torch types the attributes of a module as tensors or modules; those of transformers' models are much else besides.
@@ -274,15 +275,15 @@ class Family:
     def from_tower_order(self, base: Model, rows: torch.Tensor, items: Sequence[VisualItem]) -> torch.Tensor:
         """[N, ...] rows per token, from the tower's order into that of the items' partitions."""
         order = self.tower_order(base, items)
-        return rows if order is None else rows[order.argsort().to(rows.device, non_blocking=True)]
+        return rows if order is None else rows[moved(order.argsort(), rows.device)]
 
 
 def _by_token(item: VisualItem, rows: torch.Tensor) -> torch.Tensor:
     """[T, C] rows, partition by partition, to [n, C] in token order."""
     if torch.equal(item.place, torch.arange(len(rows))):
         return rows
-    separator = (item.partition < 0).to(rows.device, non_blocking=True)
-    return rows[item.place.to(rows.device, non_blocking=True)].masked_fill(separator[:, None], 0)
+    separator = moved(item.partition < 0, rows.device)
+    return rows[moved(item.place, rows.device)].masked_fill(separator[:, None], 0)
 
 
 def flatten_features(features: Any) -> torch.Tensor:

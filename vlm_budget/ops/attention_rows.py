@@ -9,12 +9,12 @@ import torch
 from ..errors import KernelInputError
 from ..triton_kernels._launch import require_same_device
 from ..triton_kernels.attention_rows import Reduce, attention_rows_reference, attention_rows_triton
-from .dispatch import runs_kernel
+from .dispatch import operator, runs_kernel
 
 _SCHEMA = "(Tensor query, Tensor key, float scaling, Tensor? first, Tensor? stop, Tensor? mask, str reduce) -> Tensor"
 
 
-@torch.library.custom_op("vlm_budget::attention_rows", mutates_args=(), schema=_SCHEMA)
+@operator("attention_rows", _SCHEMA, floating=("query", "key"))
 def _operator(
     query: torch.Tensor,
     key: torch.Tensor,

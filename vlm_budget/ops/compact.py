@@ -20,7 +20,7 @@ from ..triton_kernels.compact import (
     take_columns_triton,
     visual_rows_reference,
 )
-from .dispatch import runs_kernel
+from .dispatch import operator, runs_kernel
 
 
 class Compacted(NamedTuple):
@@ -42,11 +42,7 @@ class Compacted(NamedTuple):
 # --- where columns go ------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "vlm_budget::compaction_index",
-    mutates_args=(),
-    schema="(Tensor keep, SymInt slots, bool right_padded) -> (Tensor, Tensor, Tensor)",
-)
+@operator("compaction_index", "(Tensor keep, SymInt slots, bool right_padded) -> (Tensor, Tensor, Tensor)")
 def _index(keep: torch.Tensor, slots: int, right_padded: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     run = compaction_index_triton if runs_kernel(keep) else compaction_index_reference
     return run(keep, slots, right_padded)
@@ -85,7 +81,7 @@ def compaction_index(keep: torch.Tensor, slots: int, right_padded: bool) -> Inde
 # --- one tensor ------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("vlm_budget::take_columns", mutates_args=(), schema="(Tensor values, Tensor index) -> Tensor")
+@operator("take_columns", "(Tensor values, Tensor index) -> Tensor", whole=("index",))
 def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     run = take_columns_triton if runs_kernel(values) else take_columns_reference
     return run(values, index)
@@ -143,11 +139,11 @@ def take_columns(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 # --- a call's tensors at once ----------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "vlm_budget::compact",
-    mutates_args=(),
-    schema="(Tensor embeds, Tensor index, Tensor valid, Tensor keep, Tensor? positions, Tensor? visual, "
+@operator(
+    "compact",
+    "(Tensor embeds, Tensor index, Tensor valid, Tensor keep, Tensor? positions, Tensor? visual, "
     "Tensor[] deepstack, SymInt rows) -> Tensor[]",
+    whole=("index",),
 )
 def _compact(
     embeds: torch.Tensor,

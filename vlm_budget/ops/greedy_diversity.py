@@ -7,13 +7,14 @@ import torch
 from ..errors import KernelInputError
 from ..triton_kernels._cosines import WHOLE_UP_TO
 from ..triton_kernels.greedy_diversity import greedy_diversity_reference, greedy_diversity_triton
-from .dispatch import mode, runs_kernel
+from .dispatch import mode, operator, runs_kernel
 
 
-@torch.library.custom_op(
-    "vlm_budget::greedy_diversity",
-    mutates_args=(),
-    schema="(Tensor? features, Tensor? xyz, Tensor? seed, int k, float weight) -> Tensor",
+@operator(
+    "greedy_diversity",
+    "(Tensor? features, Tensor? xyz, Tensor? seed, int k, float weight) -> Tensor",
+    floating=("features", "xyz"),
+    whole=("seed",),
 )
 def _operator(
     features: torch.Tensor | None, xyz: torch.Tensor | None, seed: torch.Tensor | None, k: int, weight: float
@@ -114,7 +115,7 @@ def _seeds(seed: int | torch.Tensor | None, groups: int, n: int, device: torch.d
     if isinstance(seed, torch.Tensor):
         if seed.ndim > 1 or seed.numel() not in (1, groups):
             raise KernelInputError(f"seed must be one number or one per group ({groups}), got shape {list(seed.shape)}")
-        return seed.expand(groups)
+        return (seed.long() if seed.dtype == torch.int32 else seed).expand(groups)
     if n and not 0 <= seed < n:
         raise KernelInputError(f"seed must lie between 0 and {n - 1}, got {seed}")
     return torch.full((groups,), seed, dtype=torch.int64, device=device)

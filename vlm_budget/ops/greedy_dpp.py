@@ -6,11 +6,11 @@ import torch
 
 from ..errors import KernelInputError
 from ..triton_kernels.greedy_dpp import greedy_dpp_reference, greedy_dpp_triton
-from .dispatch import runs_kernel
+from .dispatch import operator, runs_kernel
 from .greedy_diversity import check_count, chooses_by_kernel
 
 
-@torch.library.custom_op("vlm_budget::greedy_dpp", mutates_args=())
+@operator("greedy_dpp", floating=("features", "log_quality"))
 def _operator(features: torch.Tensor, log_quality: torch.Tensor, k: int) -> torch.Tensor:
     by_kernel = chooses_by_kernel(features) and runs_kernel(log_quality)
     return (greedy_dpp_triton if by_kernel else greedy_dpp_reference)(features, log_quality, k)

@@ -14,14 +14,15 @@ from ..triton_kernels.nearest import (
     nearest_reference,
     nearest_triton,
 )
-from .dispatch import mode, runs_kernel
+from .dispatch import mode, operator, runs_kernel
 
 
-@torch.library.custom_op(
-    "vlm_budget::nearest",
-    mutates_args=(),
-    schema="(Tensor keys, Tensor anchors, int count, Tensor among, int[] sizes, int[] shares, bool exclude_self)"
+@operator(
+    "nearest",
+    "(Tensor keys, Tensor anchors, int count, Tensor among, int[] sizes, int[] shares, bool exclude_self)"
     " -> (Tensor, Tensor)",
+    floating=("keys",),
+    whole=("anchors", "among"),
 )
 def _nearest(
     keys: torch.Tensor,
@@ -51,10 +52,11 @@ def _fake_nearest(
     return anchors.new_empty(shape), keys.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "vlm_budget::assign",
-    mutates_args=(),
-    schema="(Tensor keys, Tensor anchors, Tensor among, int[] sizes, int[] shares) -> Tensor",
+@operator(
+    "assign",
+    "(Tensor keys, Tensor anchors, Tensor among, int[] sizes, int[] shares) -> Tensor",
+    floating=("keys",),
+    whole=("anchors", "among"),
 )
 def _assign(
     keys: torch.Tensor, anchors: torch.Tensor, among: torch.Tensor, sizes: list[int], shares: list[int]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import KernelInputError
-from ..triton_kernels.quota import quota_reference, quota_triton
-from .dispatch import runs_kernel
+from ..triton_kernels.quota import MOST, quota_reference, quota_triton, require_shares
+from .dispatch import mode, operator, runs_kernel
 
 
-@torch.library.custom_op("vlm_budget::quota", mutates_args=())
+@operator("quota")
 def _operator(total: int, weights: torch.Tensor, caps: torch.Tensor) -> torch.Tensor:
-    run = quota_triton if runs_kernel(weights.float()) else quota_reference
+    require_shares(total, weights, caps)
+    few = len(caps) <= MOST or mode() == "triton"
+    run = quota_triton if few and runs_kernel(weights.float()) else quota_reference
     return run(total, weights, caps)
 
 
@@ -36,12 +37,8 @@ def quota(total: int, weights: torch.Tensor, caps: torch.Tensor) -> torch.Tensor
         [S] int32, summing to ``total``, or to the sum of the caps where that is less.
 
     Raises:
-        KernelInputError: Shapes that do not match, or a negative total.
+        KernelInputError: Shapes, devices or element types that do not fit, or a negative total.
         KernelUnavailableError: The kernel was asked for by name and cannot run.
     """
-    if weights.ndim != 1 or weights.shape != caps.shape:
-        raise KernelInputError(f"weights and caps must match: {list(weights.shape)}, {list(caps.shape)}")
-    if total < 0:
-        raise KernelInputError(f"total must be at least 0, got {total}")
     shares: torch.Tensor = _operator(total, weights, caps)
     return shares

@@ -10,12 +10,12 @@ from ..errors import KernelInputError
 from ..triton_kernels._launch import require_same_device
 from ..triton_kernels.received_attention import Over, received_attention_reference, received_attention_triton
 from .attention_rows import check_heads
-from .dispatch import runs_kernel
+from .dispatch import operator, runs_kernel
 
 _SCHEMA = "(Tensor query, Tensor key, float scaling, Tensor? first, Tensor? stop, Tensor? mask, str reduce) -> Tensor"
 
 
-@torch.library.custom_op("vlm_budget::received_attention", mutates_args=(), schema=_SCHEMA)
+@operator("received_attention", _SCHEMA, floating=("query", "key"))
 def _operator(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from ..errors import KernelInputError
+from ..precision import exactly
+from ..transfer import moved
 from ..triton_kernels.weighted_merge import (
     assigned_merge_reference,
     assigned_merge_triton,
@@ -16,10 +18,10 @@ from ..triton_kernels.weighted_merge import (
     weighted_merge_reference,
     weighted_merge_triton,
 )
-from .dispatch import runs_kernel
+from .dispatch import operator, runs_kernel
 
 
-@torch.library.custom_op("vlm_budget::weighted_merge", mutates_args=())
+@operator("weighted_merge", floating=("values", "weights"), whole=("index",))
 def _weighted(values: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     run = weighted_merge_triton if runs_kernel(values) else weighted_merge_reference
     return run(values, index, weights)
@@ -30,7 +32,7 @@ def _fake_weighted(values: torch.Tensor, weights: torch.Tensor, index: torch.Ten
     return values.new_empty(index.shape[0], values.shape[1])
 
 
-@torch.library.custom_op("vlm_budget::assigned_merge", mutates_args=())
+@operator("assigned_merge", floating=("values", "weights"), whole=("owner", "among"))
 def _assigned(
     values: torch.Tensor, weights: torch.Tensor, owner: torch.Tensor, count: int, among: torch.Tensor
 ) -> torch.Tensor:
@@ -45,7 +47,7 @@ def _fake_assigned(
     return values.new_empty(count, values.shape[1])
 
 
-@torch.library.custom_op("vlm_budget::softmax_merge", mutates_args=())
+@operator("softmax_merge", floating=("values", "keys"), whole=("anchors", "among"))
 def _softmax(
     values: torch.Tensor,
     keys: torch.Tensor,
@@ -90,7 +92,7 @@ def weighted_merge(values: torch.Tensor, index: torch.Tensor, weights: torch.Ten
             "values must be [n, D], index and weights [m, t], got "
             f"{list(values.shape)}, {list(index.shape)}, {list(weights.shape)}"
         )
-    merged: torch.Tensor = _weighted(values, _there(weights, values), _there(index, values))
+    merged: torch.Tensor = _weighted(values, moved(weights, values.device), moved(index, values.device))
     return merged
 
 
@@ -118,7 +120,7 @@ def assigned_merge(
         KernelInputError: Shapes that do not match.
         KernelUnavailableError: The kernel was asked for by name and cannot run.
     """
-    rows = torch.arange(len(values), device=values.device) if among is None else _there(among, values)
+    rows = torch.arange(len(values), device=values.device) if among is None else moved(among, values.device)
     if values.ndim != 2 or not rows.shape == owner.shape == weights.shape:
         raise KernelInputError(
             "values must be [n, D], owner and weights one number per token of among, got "
@@ -126,7 +128,7 @@ def assigned_merge(
         )
     if count < 0:
         raise KernelInputError(f"count must be at least 0, got {count}")
-    merged: torch.Tensor = _assigned(values, _there(weights, values), _there(owner, values), count, rows)
+    merged: torch.Tensor = _assigned(values, moved(weights, values.device), moved(owner, values.device), count, rows)
     return merged
 
 
@@ -163,16 +165,12 @@ def softmax_merge(
         )
     if not temperature > 0:
         raise KernelInputError(f"temperature must be above 0, got {temperature}")
-    rows = torch.arange(len(values), device=values.device) if among is None else _there(among, values)
+    rows = torch.arange(len(values), device=values.device) if among is None else moved(among, values.device)
     if len(anchors) and not len(rows):
         raise KernelInputError("there are no tokens to mix: among is empty")
-    keys, anchors = _there(keys.detach(), values), _there(anchors, values)
+    keys, anchors = moved(keys.detach(), values.device), moved(anchors, values.device)
     mixed: torch.Tensor = _softmax(values, keys, anchors, float(temperature), rows, float(self_weight))
     return mixed
-
-
-def _there(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return tensor.to(values.device, non_blocking=values.is_cuda)
 
 
 def _differentiable(operator: Any, tensors: int, reference: Callable[..., torch.Tensor]) -> None:
@@ -187,7 +185,7 @@ def _differentiable(operator: Any, tensors: int, reference: Callable[..., torch.
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved).detach() if value is None else value for value in ctx.others]
         wanted = [place for place in range(tensors) if ctx.needs_input_grad[place]]
-        with torch.enable_grad():
+        with torch.enable_grad(), exactly(gradient.device):
             for place in wanted:
                 inputs[place].requires_grad_()
             found = torch.autograd.grad(reference(*inputs), [inputs[place] for place in wanted], gradient)

@@ -342,8 +342,7 @@ def _copied(
     """One launch; copies of what there is of values, positions, flags and levels."""
     require_rows(values=values, positions=positions, visual=visual)
     require_rows(**{f"deepstack[{i}]": level for i, level in enumerate(levels)})
-    given = (values, positions, visual, *levels)
-    bits = [_bits(each) for each in given]
+    bits = list(map(_bits, given := (values, positions, visual, *levels)))
     batch, slots = index.shape
     rows, axes = (0 if each is None else len(each) for each in (source, positions))
     width, level_width = (0 if each is None else each.shape[-1] for each in (values, levels[0] if levels else None))

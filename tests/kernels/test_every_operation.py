@@ -102,7 +102,7 @@ TWO = (Config(warps=4), Config(warps=8))
         (lambda: kernel(*TWO, key=("width", "columns"), sizes=("length",))(scaled), "timed anew for every"),
         (lambda: kernel(*TWO, sizes=("length", "columns"))(scaled), "2 configurations, and the key ()"),
         (lambda: kernel(key=("width",), sizes=("length", "columns"))(scaled), "1 configurations, and the key"),
-        (lambda: kernel(*TWO, key=("widht",), sizes=("length", "columns"))(scaled), "widht is no parameter"),
+        (lambda: kernel(*TWO, key=("breadth",), sizes=("length", "columns"))(scaled), "breadth is no parameter"),
         (lambda: kernel(sizes=("length",))(scaled), "columns is a length, and not among sizes"),
         (lambda: kernel()(counted), "rows is a length, and compiled in"),
     ],

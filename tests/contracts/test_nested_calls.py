@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import vlm_budget
 from tiny_models import Tiny
@@ -60,6 +61,11 @@ def test_a_forward_inside_generate_equals_one_outside_on_other_families(name: st
 
 def check_inside(tiny: Tiny, method: Any, options: dict[str, Any]) -> None:
     model, other = tiny.model, other_prompts(tiny)
+    with torch.no_grad():
+        plain = model.generate(**tiny.clone(), **SAMPLE, **options)
+        disturbed = model.generate(**tiny.clone(), **SAMPLE, **options, logits_processor=[Verifier(model, other)])
+    if not torch.equal(plain, disturbed):  # Qwen-VL keeps what its last prompts added to positions on itself
+        pytest.skip(f"the unpatched model of transformers {transformers.__version__} itself goes on otherwise")
     with torch.no_grad(), vlm_budget.patch(model, method, 0.4) as handle:
         outside = model(**clones(other)).logits
         alone = model.generate(**tiny.clone(), **SAMPLE, **options)

@@ -99,7 +99,7 @@ class DecoderContext:
         norm: The language model's final norm, for methods that compare normalised states.
         captured: Queries and keys of the layer the method asked for, None for ``scores="none"``.
         device: Where all of this lives.
-        behind: How many of ``instruction`` stand behind the last visual token, 0 where none does; None if unknown.
+        behind: How many of ``instruction`` stand behind the last visual token, 0 where none does.
     """
 
     item: VisualItem
@@ -115,7 +115,7 @@ class DecoderContext:
     norm: Callable[[torch.Tensor], torch.Tensor]
     captured: Captured | None
     device: torch.device
-    behind: int | None = None
+    behind: int
 
     @property
     def last(self) -> torch.Tensor:
@@ -125,12 +125,7 @@ class DecoderContext:
     @property
     def readers(self) -> torch.Tensor:
         """Int64 columns of the text that has seen all visual tokens; the last column where no text is behind them."""
-        if self.behind is not None:
-            return self.instruction if self.behind else self.last
-        if len(self.instruction) < len(self.text):  # then it is not all text, but what stands behind
-            return self.instruction
-        behind = self.instruction[self.instruction > self.visual[-1]]  # the host waits for the device
-        return behind if len(behind) else self.last
+        return self.instruction if self.behind else self.last
 
     def attention(self, rows: torch.Tensor) -> torch.Tensor:
         """[H, r, m] float32: how much the queries at ``rows`` look at each candidate."""

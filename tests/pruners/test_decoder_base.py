@@ -93,7 +93,6 @@ def test_equal_scores_keep_the_earlier_candidate() -> None:
 def test_readers_are_the_text_that_has_seen_every_visual_token(prompt: list[str | int], readers: list[int]) -> None:
     ctx = make.context(prompt)
     assert ctx.readers.tolist() == readers
-    assert replace(ctx, behind=None).readers.tolist() == readers, "also where nobody said how many are behind"
 
 
 def test_a_method_without_scores_cannot_ask_for_attention() -> None:

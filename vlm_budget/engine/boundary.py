@@ -270,11 +270,10 @@ class Boundary:
             prompts.require_whole(call.past, length)
         keep, embeds = kept_columns(known.selection, visual, call.embeds)
         shape = CallShape(batch, call.past, length, frozenset(visual))
-        rows = prompts.lengths(shape, *known.selection.row_tokens())
+        worked_out = prompts.lengths(shape, *known.selection.row_tokens())
         columns = torch.stack(list(visual.values())).any(0)
-        extra, expected = prompts.extra(call.past, length), rows
-        compaction, tail, rows = call.compaction(keep, columns, extra, expected)
-        if expected is not None:  # what was worked out, not read: too few slots would cut tokens off
+        compaction, tail, rows = call.compaction(keep, columns, prompts.extra(call.past, length), worked_out)
+        if worked_out is not None:  # and not read: too few slots would cut tokens off
             kept, claim = compaction.keep.sum(1), "the rows of the language model's call were taken to hold"
             self.accounts.promises.expect(kept, rows.lengths, claim)
         decoder: Any = self.family.language_model(self.base)

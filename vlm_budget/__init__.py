@@ -18,7 +18,10 @@ _EXPORTS = {
     "BudgetError": "errors",
     "CalibrationError": "errors",
     "DataError": "errors",
+    "Fit": "geometry",
+    "FrameScoreError": "errors",
     "Front": "search.front",
+    "GeometryError": "errors",
     "ImageError": "errors",
     "InfeasibleBudgetError": "errors",
     "JournalError": "errors",
@@ -45,6 +48,7 @@ _EXPORTS = {
     "UnknownNameError": "errors",
     "UnsupportedModelError": "errors",
     "VLMBudgetError": "errors",
+    "VideoError": "errors",
     "VisualLayout": "layout",
     "autotune": "search.autotune",
     "calibrate": "calibration",
@@ -53,6 +57,7 @@ _EXPORTS = {
     "list_methods": "registry",
     "patch": "patching",
     "psigmoid": "search.psigmoid",
+    "token_coordinates": "geometry",
     "unpatch": "patching",
 }
 
@@ -64,6 +69,8 @@ if TYPE_CHECKING:
     from .errors import BudgetError as BudgetError
     from .errors import CalibrationError as CalibrationError
     from .errors import DataError as DataError
+    from .errors import FrameScoreError as FrameScoreError
+    from .errors import GeometryError as GeometryError
     from .errors import ImageError as ImageError
     from .errors import InfeasibleBudgetError as InfeasibleBudgetError
     from .errors import JournalError as JournalError
@@ -82,7 +89,10 @@ if TYPE_CHECKING:
     from .errors import TaskError as TaskError
     from .errors import UnknownNameError as UnknownNameError
     from .errors import UnsupportedModelError as UnsupportedModelError
+    from .errors import VideoError as VideoError
     from .errors import VLMBudgetError as VLMBudgetError
+    from .geometry import Fit as Fit
+    from .geometry import token_coordinates as token_coordinates
     from .latency import Latency as Latency
     from .layout import VisualLayout as VisualLayout
     from .patching import PatchHandle as PatchHandle

@@ -51,6 +51,14 @@ class LayoutError(VLMBudgetError, ValueError):
     """Visual tokens and what the processor announced do not agree."""
 
 
+class GeometryError(LayoutError):
+    """Depth, poses or intrinsics that cannot be those of the prompt's pictures."""
+
+
+class FrameScoreError(LayoutError):
+    """Scores that cannot be those of the prompt's frames."""
+
+
 class SelectionError(VLMBudgetError, RuntimeError):
     """A method returned something other than the tokens it promised."""
 
@@ -69,6 +77,10 @@ class UnknownNameError(VLMBudgetError, LookupError):
 
 class ImageError(VLMBudgetError, ValueError):
     """An image file that cannot be used: missing, empty, truncated, or far too large."""
+
+
+class VideoError(ImageError):
+    """A video cannot be read."""
 
 
 class OptionError(VLMBudgetError, ValueError):

@@ -56,6 +56,7 @@ class VisualItem:
             the line's end shares; -1 where no separator follows.
         resampled: Tokens were interpolated between patches behind the projector. Each is named after the patch nearest
             to its centre, but is not that patch's projection.
+        picture: Height and width of the picture in pixels, where the model is told.
     """
 
     modality: Modality
@@ -64,6 +65,7 @@ class VisualItem:
     patch: torch.Tensor
     line: torch.Tensor
     resampled: bool = False
+    picture: tuple[int, int] | None = None
 
     @property
     def size(self) -> int:

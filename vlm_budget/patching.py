@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,21 @@ from torch import nn
 
 from .budget import Budget
 from .engine.account import Account
+from .engine.beside import FrameScores, Views
 from .engine.boundary import Boundary
 from .engine.taps import Tap
 from .engine.vit import is_vit, patch_vit, unpatch_vit
 from .errors import PatchError, SelectionError
 from .families.base import Family
+from .geometry import FitKind
+from .layout import Modality
 from .methods import MethodLike
 from .models import find_family, layout_of, text_tokens
 from .plan import FIXED, Plan
 from .planning import Methods
 from .pruner import Pruner
 from .recipe import Recipe
-from .registry import FAMILIES
+from .registry import FAMILIES, PRUNERS
 from .report import KeptItem, Report, titled_plan
 from .request import position_modes, read_request
 
@@ -159,6 +163,80 @@ class PatchHandle:
         return boundary.plan_for(
             layout_of(boundary.base, boundary.family, inputs), text_tokens(boundary.base, boundary.family, inputs)
         )
+
+    def views(
+        self,
+        *,
+        depth: Any = None,
+        pose: Any = None,
+        intrinsics: Any = None,
+        token_xyz: Any = None,
+        size: tuple[int, int] | None = None,
+        fit: FitKind | None = None,
+    ) -> PatchHandle:
+        """Lay the geometry of posed pictures beside the next prompts, until other geometry is laid there.
+
+        One view per picture, in the order of the placeholders over the whole batch. Called with nothing, it takes away
+        what lay there.
+
+        Args:
+            depth: [V, H, W] metres along the optical axis, of the pictures before any resizing; 0, NaN and infinity
+                where it is not known. A list where the pictures differ in size.
+            pose: [V, 4, 4] camera to world; the camera looks along +z, x to the right, y down. A view whose pose is not
+                finite has no geometry, of which a warning tells.
+            intrinsics: [3, 3] or [V, 3, 3], in the pixels of ``depth``; the centre of the first pixel is (0, 0).
+            token_xyz: Instead of these, a list of [n, 3] world coordinates of every picture's tokens.
+            size: Height and width of the pictures in whose pixels the intrinsics are, where depth is of another size.
+            fit: ``"stretch"``, ``"pad"`` or ``"crop"``: what the processor did to the pictures, where it is set
+                differently from the family's released ones.
+
+        Returns:
+            The handle itself.
+
+        Raises:
+            PatchError: The method in force does not look at geometry.
+            GeometryError: It cannot be geometry of any pictures. That it belongs to others than the prompt's is told
+                when the model runs, before it encodes them.
+        """
+        self._require("reads_views", "geometry")
+        given = {"depth": depth, "pose": pose, "intrinsics": intrinsics, "token_xyz": token_xyz}
+        views = None
+        if any(value is not None for value in given.values()):
+            views = Views.of(**given, size=size, fit=fit)
+        self._boundary.beside = replace(self._boundary.beside, views=views)
+        return self
+
+    def frames(self, scores: Any = None, *, of: Modality | None = None) -> PatchHandle:
+        """Lay relevance scores of frames beside the next prompts, until others are laid there.
+
+        Called with nothing, it takes away what lay there.
+
+        Args:
+            scores: One vector of numbers from 0 on per video, in the order of the placeholders over the whole batch (or
+                a single vector where there is one video); one vector over all pictures where frames are pictures.
+            of: ``"video"`` or ``"image"``: what the frames are. By default those of videos, where the model has them.
+
+        Returns:
+            The handle itself.
+
+        Raises:
+            PatchError: The method in force does not look at scores, or the model knows no such input.
+            FrameScoreError: They are no scores. That they belong to others than the prompt's frames is told when the
+                model runs, before it encodes them.
+        """
+        self._require("reads_frames", "scores of frames")
+        known = self._boundary.family.encoders
+        modality = of or ("video" if "video" in known else "image")
+        if modality not in known:
+            raise PatchError(f"of must be one of {tuple(known)} for this model, got {of!r}")
+        found = None if scores is None else FrameScores.of(scores, modality)
+        self._boundary.beside = replace(self._boundary.beside, scores=found)
+        return self
+
+    def _require(self, reads: str, what: str) -> None:
+        if not (self.methods.vision is not None and getattr(self.methods.vision, reads)):
+            readers = [name for name in PRUNERS if getattr(PRUNERS.get(name), reads)]
+            raise PatchError(f"{self.methods} does not look at {what}; of the library's methods, {readers} do.")
 
     def _install(self) -> None:
         """Put everything in place; a failure on the way takes back what was done."""

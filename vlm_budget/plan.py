@@ -71,12 +71,15 @@ class Plan:
         budget: The budget the counts came from, as text; :data:`FIXED` where there was none.
         items: Per item, in row order.
         rows: Number of batch rows, text-only rows included.
+        joint: The method shares a prompt's tokens out by what it sees: only the sum over the items of a row is
+            promised, and their own counts say what an even hand would give them.
     """
 
     method: str
     budget: str
     items: tuple[ItemPlan, ...]
     rows: int
+    joint: bool = False
 
     def __post_init__(self) -> None:
         """Check the types, and that every item stands in a row."""
@@ -85,6 +88,8 @@ class Plan:
                 raise PlanError(f"{name} of a plan is text, got {value!r}")
         if not isinstance(self.rows, int) or isinstance(self.rows, bool) or self.rows < 0:
             raise PlanError(f"rows must be a number of batch rows, got {self.rows!r}")
+        if not isinstance(self.joint, bool):
+            raise PlanError(f"joint must be true or false, got {self.joint!r}")
         for item in self.items:
             if item.row >= self.rows:
                 raise PlanError(f"an item stands in row {item.row}, but the plan has {self.rows} rows")
@@ -144,6 +149,8 @@ class Plan:
     def to_json(self) -> str:
         """The plan as JSON text that :meth:`from_json` reads back to an equal plan."""
         content = {"version": _VERSION, **asdict(self)}
+        if not self.joint:
+            del content["joint"]  # so that plans of other methods read as they always did
         return json.dumps({**content, "checksum": checksum(content)}, indent=1)
 
     @classmethod

@@ -201,7 +201,8 @@ def make_plan(methods: Methods, budget: Budget | None, layout: VisualLayout, fac
     plans, faults = _plan_rows(methods, budget, layout, facts)
     if faults:
         raise _for_all(faults, budget, lambda near: _plan_rows(methods, near, layout, facts)[1])
-    return Plan(str(methods), FIXED if budget is None else str(budget), tuple(plans), len(layout.rows))
+    joint = methods.vision is not None and methods.vision.joint
+    return Plan(str(methods), FIXED if budget is None else str(budget), tuple(plans), len(layout.rows), joint)
 
 
 _Faults = list[InfeasibleBudgetError]

@@ -61,6 +61,21 @@ def saliency(tower: Tower, layer: int) -> Attention:
     return Attention(layer, "cls" if tower.has_cls else "received")
 
 
+@dataclass(frozen=True)
+class Finer:
+    """The frames of a video before the model pools them.
+
+    Attributes:
+        rows: Grid height of a frame in tokens.
+        cols: Grid width.
+        of: Index of a partition to its [rows * cols, D] features, projected like those the language model gets.
+    """
+
+    rows: int
+    cols: int
+    of: Callable[[int], torch.Tensor]
+
+
 def unprojected(rows: torch.Tensor) -> torch.Tensor:
     """The projector of a model whose projector is not applied token by token: none."""
     return rows
@@ -84,6 +99,12 @@ class Context:
         text: [t, D] input embeddings of the instruction (the text behind the last image or video of the prompt, all its
             text where there is none behind), for methods with ``reads_text``.
         text_ids: [t] int64 token ids of the same.
+        xyz: [n, 3] float32 on the CPU, where every token lies in the world in metres, NaN for those that lie nowhere;
+            for methods with ``reads_views``, None where no views were laid beside the prompt.
+        scores: [P] float32 on the CPU, relevance of every partition (frame) to the question; for methods with
+            ``reads_frames``, None where no scores were laid beside the prompt.
+        finer: The frames before they are pooled, for methods with ``reads_unpooled``; None where they are not.
+        mrope: Positions have several axes, so that kept tokens keep their own.
     """
 
     item: VisualItem
@@ -95,6 +116,10 @@ class Context:
     project: Callable[[torch.Tensor], torch.Tensor] = unprojected
     text: torch.Tensor | None = None
     text_ids: torch.Tensor | None = None
+    xyz: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    finer: Finer | None = None
+    mrope: bool = False
 
     @cached_property
     def candidates(self) -> torch.Tensor:
@@ -189,6 +214,9 @@ class Pruner:
     paper: ClassVar[str] = ""
     reads_hidden: ClassVar[bool] = False
     reads_text: ClassVar[bool] = False
+    reads_views: ClassVar[bool] = False
+    reads_frames: ClassVar[bool] = False
+    reads_unpooled: ClassVar[bool] = False
     merges: ClassVar[bool] = False  # the method returns embeddings of its own: no merging stage fits behind it
 
     def __post_init__(self) -> None:
@@ -201,6 +229,8 @@ class Pruner:
                 raise OptionError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if not isinstance(self.merge, Merge | None):
             raise OptionError(f"merge must be a Merge or None, got {self.merge!r}")
+        if self.joint and self.merge is not None:
+            raise OptionError(f"merge={self.merge!r} works item by item, and this method chooses among all of a prompt")
         if self.merges and self.merge is not None:
             raise OptionError(f"{type(self).__name__} merges on its own; merge={self.merge!r} would have nothing to do")
 
@@ -214,9 +244,26 @@ class Pruner:
         """The projector's inputs are wanted, by the method or by its merging stage."""
         return self.reads_hidden or self.merge is not None
 
+    @property
+    def joint(self) -> bool:
+        """The method chooses among all items of a prompt at once, by :meth:`pick_prompt`; else item by item."""
+        return False
+
     def needs(self, tower: Tower) -> tuple[Attention, ...]:
         """The attention scores the method wants from the vision tower."""
         return ()
+
+    def pick_prompt(self, contexts: Sequence[Context], k: int) -> Selection:
+        """Choose ``k`` tokens of a prompt, for methods that are :attr:`joint`; separators are theirs to keep or drop.
+
+        Args:
+            contexts: Its items, images first, then videos.
+            k: How many, less than the items have.
+
+        Returns:
+            Positions among the tokens of all items laid end to end, in any order. An item may keep none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement pick_prompt()")
 
     def pick(self, ctx: Context, k: int) -> torch.Tensor | Selection:
         """Choose ``k`` of the item's candidates.
@@ -261,6 +308,20 @@ class Pruner:
                 )
             return self._with_separators(ctx, self._checked_pick(ctx, k - len(separators)), separators, k)
         return self._select_used_rows(ctx, separators, k, available)
+
+    def select_prompt(self, contexts: Sequence[Context], k: int) -> Selection:
+        """Choose exactly ``k`` tokens of a prompt's items laid end to end, ascending.
+
+        Raises:
+            SelectionError: :meth:`pick_prompt` broke its promise.
+        """
+        selection = self.pick_prompt(contexts, k)
+        sizes, width = [ctx.item.size for ctx in contexts], contexts[0].features.shape[-1]
+        if fault := _broken_counts(selection, k, sum(sizes), width):
+            raise SelectionError(f"{self} promised {k} distinct tokens of the prompt, and returned {fault}")
+        keep = contexts[0].there(selection.keep)
+        order = keep.argsort()
+        return Selection(keep[order], None if selection.values is None else selection.values[order])
 
     def _select_used_rows(self, ctx: Context, separators: torch.Tensor, k: int, available: int) -> Selection:
         line = ctx.there(ctx.item.line)
@@ -314,17 +375,24 @@ class Pruner:
 
 
 def _broken_promise(selection: Selection, ctx: Context, k: int) -> str | None:
-    keep, values, item = selection.keep, selection.values, ctx.item
+    item = ctx.item
+    if fault := _broken_counts(selection, k, item.size, ctx.features.shape[-1]):
+        return fault
+    keep = selection.keep
+    return "separators among them" if keep.device.type == "cpu" and (item.partition[keep] < 0).any() else None
+
+
+def _broken_counts(selection: Selection, k: int, size: int, width: int) -> str | None:
+    """What is wrong with a choice of ``k`` among ``size`` tokens."""
+    keep, values = selection.keep, selection.values
     if not isinstance(keep, torch.Tensor):
         return f"{type(keep).__name__}, not a tensor"
     if keep.shape != (k,) or keep.dtype != torch.long:
         return f"{list(keep.shape)} of {keep.dtype}"
-    if values is not None and values.shape != (k, ctx.features.shape[-1]):
-        return f"values of shape {list(values.shape)}, not {[k, ctx.features.shape[-1]]}"
+    if values is not None and values.shape != (k, width):
+        return f"values of shape {list(values.shape)}, not {[k, width]}"
     if keep.device.type != "cpu":
         return None  # looking inside would stop the host; the engine's count still catches a token taken twice
-    if keep.min() < 0 or keep.max() >= item.size:
-        return f"positions {int(keep.min())} to {int(keep.max())} in an item of {item.size}"
-    if len(keep.unique()) < k:
-        return "some of them twice"
-    return "separators among them" if (item.partition[keep] < 0).any() else None
+    if keep.min() < 0 or keep.max() >= size:
+        return f"positions {int(keep.min())} to {int(keep.max())} in an item of {size}"
+    return "some of them twice" if len(keep.unique()) < k else None

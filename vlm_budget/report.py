@@ -119,8 +119,7 @@ class Report:
             "none new: a text-only turn on a pruned cache" if pruned_before else "none: text-only prompt, ran unpruned"
         )
         rows = [("visual tokens", why)] if self.text_only else []
-        for item in self.plan.items:
-            rows.append((f"prompt {item.row}, {item.modality}", f"{item.keep} of {item.total} tokens{_inside(item)}"))
+        rows += _shared(self.plan) if self.plan.joint else _each(self.plan)
         decode = "-" if self.decode_ms_per_token is None else f"{self.decode_ms_per_token:.2f} ms per token"
         return [
             *rows,
@@ -153,6 +152,27 @@ class Report:
 def titled_plan(plan: Plan) -> str:
     """Whose counts a plan holds: a plan may be replayed with another method than it was made for."""
     return f"the counts of {plan.method}" + ("" if plan.budget == FIXED else f" at {plan.budget}")
+
+
+def _each(plan: Plan) -> list[tuple[str, str]]:
+    return [
+        (f"prompt {item.row}, {item.modality}", f"{item.keep} of {item.total} tokens{_inside(item)}")
+        for item in plan.items
+    ]
+
+
+def _shared(plan: Plan) -> list[tuple[str, str]]:
+    """A row per prompt: which item got how many is for :meth:`vlm_budget.PatchHandle.kept` to say."""
+    rows = []
+    for row in dict.fromkeys(item.row for item in plan.items):
+        mine = [item for item in plan.items if item.row == row]
+        kinds = [item.modality for item in mine]
+        counts = {kind: kinds.count(kind) for kind in kinds}
+        what = " and ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items())
+        steps = [(layer, sum(item.steps[place][1] for item in mine)) for place, (layer, _) in enumerate(mine[0].steps)]
+        whole = ItemPlan(row, kinds[0], sum(i.total for i in mine), sum(i.keep for i in mine), tuple(steps))
+        rows.append((f"prompt {row}, {what} together", f"{whole.keep} of {whole.total} tokens{_inside(whole)}"))
+    return rows
 
 
 def _inside(item: ItemPlan) -> str:

@@ -85,9 +85,9 @@ COUNTS = {"image": [ITEMS[0].size + ITEMS[1].size, ITEMS[2].size]}
 def test_scores_alone_are_lacking_nothing_but_what_was_not_recorded() -> None:
     first, second = Attention(0, "cls"), Attention(1, "cls")
     plain = Observation("image", [], [], {first: []})
-    assert not plain.lacks((), False) and not plain.lacks((first,), False)
-    assert plain.lacks((first, second), False) and plain.lacks((), True)
-    assert not Observation("image", [], [], {first: []}, []).lacks((first,), True)
+    assert not plain.lacks((), False, False) and not plain.lacks((first,), False, False)
+    assert plain.lacks((first, second), False, False) and plain.lacks((), True, False)
+    assert not Observation("image", [], [], {first: []}, []).lacks((first,), True, False)
 
 
 def test_the_projectors_inputs_reach_those_who_read_them_only() -> None:

@@ -136,9 +136,10 @@ def test_plain_data_survives_json_and_holds_every_field() -> None:
         "method": "HiRED(alpha=0.3)",
         "budget": "20%",
         "positions": "packed",
-        "plan": json.loads(
-            json.dumps({k: v for k, v in json.loads(REPORT.plan.to_json()).items() if k not in ("version", "checksum")})
-        ),
+        "plan": {
+            **{k: v for k, v in json.loads(REPORT.plan.to_json()).items() if k not in ("version", "checksum")},
+            "joint": False,
+        },
         "encode_ms": 12.345,
         "probe_ms": 1.5,
         "select_ms": 0.5,

@@ -24,6 +24,7 @@ from ..pruner import moved
 from ..request import PositionModes, Request
 from .account import Account, Accounts
 from .arguments import grow_output
+from .beside import NOTHING
 from .cache import CacheState, cache_state, set_cache_state
 from .candidates import PromptTokens
 from .choice import Choice, Chooser
@@ -63,8 +64,8 @@ class Boundary:
         vision, decoder, spend = request.methods.vision, request.methods.decoder, request.spend
         self.packed = vision is not None and modes.vision == "packed"
         watch = not (isinstance(spend, Budget) and spend.unit == "ratio" and spend.amount == 1)
-        needs = vision.all_needs(family.tower(base)) if vision is not None and watch else ()
-        self.observer = Observer(base, family, needs, hidden=vision is not None and watch and vision.wants_hidden)
+        self.observer = Observer.for_method(base, family, vision if watch else None)
+        self.beside = NOTHING
         self.dropper: LayerDropper | None = None
         if decoder is not None:
             plan = spend if isinstance(spend, Plan) else None
@@ -144,7 +145,7 @@ class Boundary:
         local.encoding = True
         try:
             known = getattr(local, "known", ()) if inside else ()
-            output, seen = self.observer.observe(modality, call, args, kwargs, known)
+            output, seen = self.observer.observe(modality, call, args, kwargs, known, self.beside)
         finally:
             local.encoding = False
         local.latest = {**getattr(local, "latest", {}), modality: seen}
@@ -364,8 +365,9 @@ class Boundary:
         """The choice for the prompts at hand, made when their first columns arrive."""
         local = self._local
         # A chunk of a chunked prefill may show one modality only; the selection covers all that were encoded.
-        observations = [self.chooser.observation(local.latest, modality) for modality in visual]
-        observations = list({**local.latest, **{o.modality: o for o in observations}}.values())
+        shown = {modality: self.chooser.observation(local.latest, modality, self.beside) for modality in visual}
+        local.latest = {**local.latest, **shown}
+        observations = list(local.latest.values())
         counts = self.chooser.row_counts(observations, visual, self._prompts, self._generating is not None)
         known: Choice | None = getattr(local, "selection", None)
         if known is not None and known.fits(observations, counts):
@@ -379,8 +381,7 @@ class Boundary:
         account.text, account.rows = choice.text, len(embeds)
         account.stages["select"].append(interval.stop())
         local.selection = choice
-        promised = [item.keep for item in choice.selection.plan.items]
-        account.promises.expect(choice.selection.kept, promised, f"{self.request.methods.vision} promised")
+        account.promises.expect(*choice.selection.promise(), f"{self.request.methods.vision} promised")
         return choice
 
     def _cached(self, cache: Any) -> int:

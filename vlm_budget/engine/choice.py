@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,12 +20,18 @@ from ..layout import Modality, VisualLayout
 from ..plan import Plan
 from ..planning import Cost, Facts, make_plan
 from ..request import Request
+from .beside import Beside
 from .layers import LayerDropper
 from .observe import Observer
 from .prompts import Prompts
-from .selection import Observation, PromptSelection, PromptText, seen_rows, select
+from .selection import Observation, PromptSelection, PromptText, Seen, seen_rows, select
 
 Counts = dict[Modality, list[int]]
+
+_WITHOUT = {
+    "views": "no views lie beside the prompt, so distances in space count for nothing. Call handle.views(...) first.",
+    "frames": "no scores lie beside the prompt, so every frame counts the same. Call handle.frames(...) first.",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +96,7 @@ class Chooser:
         self.observer = observer
         self.dropper = dropper
         self.latency = SavedLatency(base, family)
+        self._told: set[str] = set()
         if isinstance(request.spend, Budget) and request.spend.unit == "ms":
             self.latency()
         if dropper is None and isinstance(request.spend, Plan) and request.spend.drop_layers:
@@ -149,7 +157,8 @@ class Chooser:
             visual: Per modality, [B, L] bool, placeholders of this call.
             device: Where the language model's embeddings live.
         """
-        rows = seen_rows(observations, counts, self.observer.needs, self.observer.project)
+        rows = seen_rows(observations, counts, self.observer.needs, self.observer.project, self.family.mrope)
+        self._tell_what_is_missing(rows)
         # Up to 4.x ``generate`` repeats a prompt with its pixels, so that copies are encoded.
         copies = len(rows) // prompts.rows if prompts.rows and len(rows) % prompts.rows == 0 else 1
         layout = VisualLayout(tuple(tuple(seen.item for seen in row) for row in rows[::copies]))
@@ -161,11 +170,29 @@ class Chooser:
         keep = {modality: table[::copies] for modality, table in selection.keep.items()}
         return Choice(observations, counts, selection, plan, layout, keep, None if prompts.cached else text)
 
-    def observation(self, latest: Mapping[Modality, Observation], modality: Modality) -> Observation:
+    def _tell_what_is_missing(self, rows: Sequence[Sequence[Seen]]) -> None:
+        """Warn, once each, that a method does without what it could look at."""
+        vision = self.request.methods.vision
+        seen = [one for row in rows for one in row]
+        unlaid = {
+            "views": vision is not None and vision.reads_views and all(s.xyz is None for s in seen),
+            "frames": vision is not None and vision.reads_frames and all(s.scores is None for s in seen),
+        }
+        for name, missing in unlaid.items():
+            if missing and name not in self._told:
+                self._told.add(name)
+                warnings.warn(f"{vision}: {_WITHOUT[name]}", stacklevel=2)
+
+    def observation(self, latest: Mapping[Modality, Observation], modality: Modality, beside: Beside) -> Observation:
         """What was encoded last.
 
+        Args:
+            latest: Per modality.
+            modality: Which is asked for.
+            beside: What lies beside the prompts now; features may have been encoded before it was laid there.
+
         Raises:
-            LayoutError: Nothing, or not with this patch.
+            LayoutError: Nothing, or not with this patch; or what was laid beside belongs to other items.
         """
         seen = latest.get(modality)
         if seen is None:
@@ -173,12 +200,14 @@ class Chooser:
                 f"the {modality} features of this call were not encoded by this patched model, so no scores belong to "
                 "them. Encode them with the patched model, or pass pixel inputs."
             )
-        if seen.lacks(self.observer.needs, self.observer.hidden):
+        if seen.lacks(self.observer.needs, self.observer.hidden, self.observer.unpooled):
             raise LayoutError(
                 f"the {modality} features of this call were encoded under another patch, and lack the scores or rows "
                 f"that {self.request.methods.vision} needs. Encode them anew, or pass pixel inputs."
             )
-        return seen
+        if seen.laid.source is beside:
+            return seen
+        return replace(seen, laid=beside.laid(self.base, self.family, modality, seen.items))
 
     def row_counts(
         self, observations: list[Observation], visual: Mapping[Modality, torch.Tensor], prompts: Prompts, chunks: bool

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..allocate import split
 from ..errors import PatchError
 from ..layout import Modality, VisualLayout
 from ..plan import Plan
@@ -273,25 +274,53 @@ def prompt_tokens(
         rows: Of the call.
     """
     copies = len(rows.lengths) // plan.rows
+    entering = _entering(selection)
     found = []
     for index, items in enumerate(layout.rows):
         row = index * copies
         length = rows.lengths[row] - rows.extra
         start = 0 if rows.right_padded else rows.slots - rows.lengths[row]
         flags = {modality: mask[row, start : start + length] for modality, mask in visual.items()}
-        plans = [item for item in plan.items if item.row == index]
+        own = entering[index * (selection.plan.rows // plan.rows)]
+        steps = _steps(plan, index, own)
         kept: list[ItemTokens] = []
         done: dict[Modality, tuple[int, int]] = {}
-        for item, counts in zip(items, plans, strict=True):
+        for item, count, left in zip(items, own, steps, strict=True):
             begin, before = done.get(item.modality, (0, 0))
-            done[item.modality] = (begin + item.size, before + counts.keep)
+            done[item.modality] = (begin + item.size, before + count)
             table = selection.keep[item.modality]
             mine = table[index * (len(table) // plan.rows), begin : begin + item.size]
-            columns = first(flags[item.modality], before + counts.keep)[before:]
-            kept.append(ItemTokens(item, dict(counts.steps), first(mine, counts.keep), columns))
+            columns = first(flags[item.modality], before + count)[before:]
+            kept.append(ItemTokens(item, left, first(mine, count), columns))
         any_visual = torch.stack(list(flags.values())).any(0)
         text = first(~any_visual, length - sum(len(item.alive) for item in kept))
         behind = rows.behind[row]
         asked = text[len(text) - behind :] if behind else text
         found.append(PromptTokens(tuple(kept), text, asked, length, rows.extra, behind))
+    return found
+
+
+def _entering(selection: PromptSelection) -> list[list[int]]:
+    """Per row of the selection, per item, tokens that enter the language model."""
+    rows: list[list[int]] = [[] for _ in range(selection.plan.rows)]
+    for item, count in zip(selection.plan.items, selection.entering(), strict=True):
+        rows[item.row].append(count)
+    return rows
+
+
+def _steps(plan: Plan, row: int, entering: Sequence[int]) -> list[dict[int, int]]:
+    """Per item of a prompt, the tokens left from decoder layers on.
+
+    Where the method before the language model has shared the tokens out by what it saw, every step is shared out anew,
+    in proportion to what each item has left.
+    """
+    plans = [item for item in plan.items if item.row == row]
+    if not plan.joint:
+        return [dict(item.steps) for item in plans]
+    left = list(entering)
+    found: list[dict[int, int]] = [{} for _ in plans]
+    for place, (layer, _) in enumerate(plans[0].steps if plans else ()):
+        left = split(sum(item.steps[place][1] for item in plans), left, left)
+        for mine, count in zip(found, left, strict=True):
+            mine[layer] = count
     return found

@@ -12,8 +12,9 @@ from ..errors import LayoutError, PlanError
 from ..layout import Modality, VisualItem, group_rows
 from ..plan import Plan
 from ..precision import exactly
-from ..pruner import Attention, Context, Pruner, Selection, unprojected
+from ..pruner import Attention, Context, Finer, Pruner, Selection, unprojected
 from ..transfer import moved
+from .beside import Laid
 from .precision import as_the_model
 
 Project = Callable[[torch.Tensor], torch.Tensor]
@@ -30,6 +31,9 @@ class Observation:
         attention: Per need, per item, one [T] tensor per partition; [T, C] for keys.
         hidden: Per item [n, C], what the projector was given for every token, zeros for separators; None for items
             whose tokens are not projected one by one. None as a whole where it was not wanted.
+        finer: Per item, its frames before they were pooled; None where they were not, and as a whole where it was not
+            wanted.
+        laid: What the user laid beside the items.
     """
 
     modality: Modality
@@ -37,15 +41,19 @@ class Observation:
     features: list[torch.Tensor]
     attention: Mapping[Attention, Sequence[Sequence[torch.Tensor]]]
     hidden: Sequence[torch.Tensor | None] | None = None
+    finer: Sequence[Finer | None] | None = None
+    laid: Laid = field(default_factory=Laid)
 
-    def lacks(self, needs: Sequence[Attention], hidden: bool) -> bool:
+    def lacks(self, needs: Sequence[Attention], hidden: bool, unpooled: bool) -> bool:
         """Something that a method wants was not recorded.
 
         Args:
             needs: The scores it named.
             hidden: It wants the projector's inputs.
+            unpooled: It wants frames before they are pooled.
         """
-        return any(need not in self.attention for need in needs) or (hidden and self.hidden is None)
+        missing = (hidden and self.hidden is None) or (unpooled and self.finer is None)
+        return missing or any(need not in self.attention for need in needs)
 
 
 _SEEN = "_vlm_budget_seen"
@@ -73,6 +81,10 @@ class Seen:
     attention: Mapping[Attention, Sequence[torch.Tensor]]
     hidden: torch.Tensor | None = None
     project: Project = unprojected
+    finer: Finer | None = None
+    xyz: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    mrope: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +105,7 @@ def seen_rows(
     counts: Mapping[Modality, Sequence[int]],
     needs: Sequence[Attention],
     project: Project | None = None,
+    mrope: bool = False,
 ) -> list[list[Seen]]:
     """Hand observed items to the prompts they stand in: per prompt, images first, then videos.
 
@@ -101,6 +114,7 @@ def seen_rows(
         counts: Per modality, the visual tokens of every prompt.
         needs: The scores the method named, in its order; others are left out.
         project: [k, C] projector inputs to [k, D] features, where the method wants the former; None where not.
+        mrope: Positions have several axes.
 
     Raises:
         LayoutError: Placeholders and encoded items do not agree.
@@ -117,10 +131,26 @@ def seen_rows(
         index = 0
         for row, items in zip(rows, grouped, strict=True):
             for item in items:
-                attention = {need: seen.attention[need][index] for need in needs}
-                row.append(Seen(item, seen.features[index], attention, *_projected(seen, index, project)))
+                row.append(_seen(seen, index, item, needs, project, mrope))
                 index += 1
     return rows
+
+
+def _seen(
+    seen: Observation, index: int, item: VisualItem, needs: Sequence[Attention], project: Project | None, mrope: bool
+) -> Seen:
+    hidden, onto = _projected(seen, index, project)
+    return Seen(
+        item=item,
+        features=seen.features[index],
+        attention={need: seen.attention[need][index] for need in needs},
+        hidden=hidden,
+        project=onto,
+        finer=None if seen.finer is None else seen.finer[index],
+        xyz=None if seen.laid.xyz is None else seen.laid.xyz[index],
+        scores=None if seen.laid.scores is None else seen.laid.scores[index],
+        mrope=mrope,
+    )
 
 
 def _projected(seen: Observation, index: int, project: Project | None) -> tuple[torch.Tensor | None, Project]:
@@ -150,6 +180,23 @@ class PromptSelection:
     values: dict[Modality, tuple[torch.Tensor, torch.Tensor]]
     kept: torch.Tensor
     consumed: dict[Modality, torch.Tensor] = field(default_factory=dict)
+
+    def promise(self) -> tuple[torch.Tensor, list[int]]:
+        """What was kept and what was promised: per item, per prompt where the method shares its tokens out."""
+        if not self.plan.joint:
+            return self.kept, [item.keep for item in self.plan.items]
+        return torch.stack([part.sum() for part in self.kept.split(self._items_per_row())]), [
+            count for count, total in zip(*self.row_tokens(), strict=True) if total
+        ]
+
+    def entering(self) -> list[int]:
+        """Per item in plan order, tokens that enter the language model; waits for the device where only it knows."""
+        return self.kept.tolist() if self.plan.joint else [item.keep for item in self.plan.items]
+
+    def _items_per_row(self) -> list[int]:
+        """Items of every prompt that has any."""
+        rows = [item.row for item in self.plan.items]
+        return [rows.count(row) for row in dict.fromkeys(rows)]
 
     @property
     def keeps_all(self) -> bool:
@@ -211,39 +258,78 @@ def select(
         PlanError: Tokens are to be dropped before the language model, and no method acts there.
     """
     counts = plan.row_counts([[seen.item.size for seen in row] for row in rows])
-    flags: dict[Modality, list[list[torch.Tensor]]] = {}
-    merged: dict[Modality, list[list[Selection | None]]] = {}
+    found: dict[Modality, list[list[Chosen]]] = {modality: [[] for _ in rows] for modality in ("image", "video")}
     kept = []
-    for modality in ("image", "video"):
-        flags[modality], merged[modality] = [[] for _ in rows], [[] for _ in rows]
     for index, (row, row_counts) in enumerate(zip(rows, counts, strict=True)):
-        for order, (seen, count) in enumerate(zip(row, row_counts, strict=True)):
-            chosen = _select_item(pruner, seen, order, count, texts[index] if texts is not None else None)
-            flag = torch.ones(seen.item.size, dtype=torch.bool, device=device)
-            if chosen is not None:
-                flag = flag.zero_().index_fill_(0, moved(chosen.keep, device), True)
-            flags[seen.item.modality][index].append(flag)
-            merged[seen.item.modality][index].append(chosen)
+        choices = _select_row(pruner, row, row_counts, texts[index] if texts is not None else None)
+        for seen, chosen in zip(row, choices, strict=True):
+            flag = moved(chosen.flag, device)
+            values = None if chosen.values is None else moved(chosen.values, device)
+            found[seen.item.modality][index].append(Chosen(flag, values))
             kept.append(flag.sum())
     keep: dict[Modality, torch.Tensor] = {}
     replaced: dict[Modality, tuple[torch.Tensor, torch.Tensor]] = {}
-    for modality, per_row in flags.items():
+    for modality, per_row in found.items():
         if any(per_row):
-            keep[modality] = _pad(
-                [torch.cat(row) if row else torch.zeros(0, dtype=torch.bool, device=device) for row in per_row]
-            )
-            if any(chosen is not None and chosen.values is not None for row in merged[modality] for chosen in row):
-                replaced[modality] = _overlay(per_row, merged[modality], keep[modality])
+            empty = torch.zeros(0, dtype=torch.bool, device=device)
+            keep[modality] = _pad([torch.cat([empty, *(one.flag for one in row)]) for row in per_row])
+            if any(one.values is not None for row in per_row for one in row):
+                replaced[modality] = _overlay(per_row)
     return PromptSelection(plan, keep, replaced, torch.stack(kept))
 
 
-def _select_item(
-    pruner: Pruner | None, seen: Seen, order: int, count: int, text: PromptText | None
-) -> Selection | None:
-    """What the method chooses of an item; None where all of it stays."""
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What becomes of an item's tokens.
+
+    Attributes:
+        flag: [n] bool, which stay.
+        values: [n, D] what replaces those that stay, anything elsewhere; None where they stay as they are.
+    """
+
+    flag: torch.Tensor
+    values: torch.Tensor | None = None
+
+    @classmethod
+    def all_of(cls, seen: Seen) -> Chosen:
+        """All of it stays."""
+        return cls(torch.ones(seen.item.size, dtype=torch.bool, device=seen.features.device))
+
+    @classmethod
+    def of(cls, selection: Selection, size: int) -> Chosen:
+        """A method's choice among ``size`` tokens."""
+        keep, values = selection.keep, selection.values
+        flag = torch.zeros(size, dtype=torch.bool, device=keep.device).index_fill_(0, keep, True)
+        if values is None:
+            return cls(flag)
+        dense = torch.zeros(size, values.shape[-1], dtype=values.dtype, device=keep.device)
+        return cls(flag, dense.index_copy_(0, keep, values.to(keep.device)))
+
+    def split(self, sizes: list[int]) -> list[Chosen]:
+        """Those of several items, laid end to end."""
+        values = [None] * len(sizes) if self.values is None else self.values.split(sizes)
+        return [Chosen(*parts) for parts in zip(self.flag.split(sizes), values, strict=True)]
+
+
+def _select_row(
+    pruner: Pruner | None, row: Sequence[Seen], counts: Sequence[int], text: PromptText | None
+) -> list[Chosen]:
+    """What the method chooses of a prompt's items. Where all stays it is not asked: that is the unpatched model."""
+    if pruner is None or not pruner.joint:
+        return [_select_item(pruner, *one, text) for one in zip(row, range(len(row)), counts, strict=True)]
+    sizes = [seen.item.size for seen in row]
+    if sum(counts) == sum(sizes):
+        return [Chosen.all_of(seen) for seen in row]
+    device = row[0].features.device
+    with exactly(device):
+        contexts = [_context(pruner, seen, order, text, device) for order, seen in enumerate(row)]
+        return Chosen.of(pruner.select_prompt(contexts, sum(counts)), sum(sizes)).split(sizes)
+
+
+def _select_item(pruner: Pruner | None, seen: Seen, order: int, count: int, text: PromptText | None) -> Chosen:
     item = seen.item
-    if count == item.size:  # keeping all is not a question to ask: the unpatched model is the answer
-        return None
+    if count == item.size:
+        return Chosen.all_of(seen)
     if pruner is None:
         raise PlanError(
             f"the plan keeps {count} of {item.size} {item.modality} tokens before the language model, where no method "
@@ -251,11 +337,17 @@ def _select_item(
         )
     device = seen.features.device
     with exactly(device):
-        return pruner.select(_context(pruner, seen, order, text, device), count)
+        return Chosen.of(pruner.select(_context(pruner, seen, order, text, device), count), item.size)
 
 
 def _context(pruner: Pruner, seen: Seen, order: int, text: PromptText | None, device: torch.device) -> Context:
-    known = Context(seen.item, seen.attention, seen.features, order, device)
+    known = Context(seen.item, seen.attention, seen.features, order, device, mrope=seen.mrope)
+    if pruner.reads_views:
+        known = replace(known, xyz=seen.xyz)
+    if pruner.reads_frames:
+        known = replace(known, scores=seen.scores)
+    if pruner.reads_unpooled:
+        known = replace(known, finer=seen.finer)
     if pruner.wants_hidden:
         assert seen.hidden is not None, "the observation was checked"
         known = replace(known, hidden=seen.hidden, project=seen.project)
@@ -275,19 +367,13 @@ def _pad(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
-def _overlay(
-    flags: Sequence[Sequence[torch.Tensor]], chosen: Sequence[Sequence[Selection | None]], keep: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    some = next(s.values for row in chosen for s in row if s is not None and s.values is not None)
-    table = torch.zeros(*keep.shape, some.shape[-1], dtype=some.dtype, device=keep.device)
-    where = torch.zeros_like(keep)
-    for index, (row_flags, row_chosen) in enumerate(zip(flags, chosen, strict=True)):
-        start = 0
-        for flag, selection in zip(row_flags, row_chosen, strict=True):
-            stop = start + len(flag)
-            if selection is not None and selection.values is not None:
-                mine = moved(selection.keep, table.device)
-                table[index, start:stop].index_copy_(0, mine, moved(selection.values, table.device).to(table.dtype))
-                where[index, start:stop] = flag
-            start = stop
-    return table, where
+def _overlay(rows: Sequence[Sequence[Chosen]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R, V, D] replacement embeddings, and [R, V] bool where they apply."""
+    some = next(one.values for row in rows for one in row if one.values is not None)
+    tables, where = [], []
+    for row in rows:
+        dense = [some.new_zeros(len(one.flag), some.shape[-1]) if one.values is None else one.values for one in row]
+        tables.append(torch.cat([some[:0], *(part.to(some.dtype) for part in dense)]))
+        flags = [one.flag if one.values is not None else torch.zeros_like(one.flag) for one in row]
+        where.append(torch.cat([some.new_zeros(0, dtype=torch.bool), *flags]))
+    return _pad(tables), _pad(where)

@@ -49,7 +49,8 @@ def anyres_item(size: Sequence[int], grid: tuple[int, int] | None, side: int, pi
     line = newline.cumsum(0) - newline.long()
     if grid:
         line = line.masked_fill(base, -1)
-    return VisualItem("image", tuple(partitions), partition, patch, line, resampled)
+    picture = (int(size[0]), int(size[1]))
+    return VisualItem("image", tuple(partitions), partition, patch, line, resampled, picture)
 
 
 def _coordinates(rows: int, cols: int, side: int) -> torch.Tensor:

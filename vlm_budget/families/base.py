@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import LayoutError, PatchError
+from ..geometry import Fit
 from ..layout import Modality, Partition, PartitionKind, VisualItem
 from ..pruner import Tower
 from ..transfer import moved
@@ -89,6 +90,13 @@ class Family:
         None where there is no such row for a token, because tokens are pooled behind the projector.
         """
         return base.multi_modal_projector
+
+    def unpooled(self, base: Model, modality: Modality) -> nn.Module | None:
+        """The module whose input are frames before they are pooled, [frames, patches, C] as :meth:`project` takes them.
+
+        None where the language model gets every frame as the projector gives it.
+        """
+        return None
 
     def project(self, base: Model, rows: torch.Tensor) -> torch.Tensor:
         """[k, C] rows as :meth:`projector` is given them, to [k, D] features as the language model gets them."""
@@ -178,6 +186,17 @@ class Family:
             given: The argument.
         """
         return given
+
+    def fit(self, base: Model, modality: Modality, item: VisualItem) -> Fit:
+        """What the family's processor does to a picture or frame, as released models have it set.
+
+        By default it is squeezed into the tower's square, of which a rest that is no whole patch is not looked at.
+        """
+        pixels, patch = (
+            side if isinstance(side, int) else side[0]
+            for side in (base.config.vision_config.image_size, base.config.vision_config.patch_size)
+        )
+        return Fit(covered=pixels // patch * patch / pixels)
 
     def features(self, base: Model, modality: Modality, output: Any, items: Sequence[VisualItem]) -> list[torch.Tensor]:
         """The encoder's output per item, [n, D] in token order.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..geometry import Fit
 from ..layout import Modality, VisualItem
 from .base import Family, Model, square_item
 
@@ -23,3 +24,7 @@ class Llava(Family):
 
             raise LayoutError(f"LLaVA images are square, got pixels of {height} x {width}")
         return [square_item("image", height // patch) for _ in range(len(inputs["pixel_values"]))]
+
+    def fit(self, base: Model, modality: Modality, item: VisualItem) -> Fit:
+        """The middle of the picture, once its short edge is that of the tower (``do_pad`` off, as released)."""
+        return Fit("crop", side=item.partitions[0].rows * base.config.vision_config.patch_size)

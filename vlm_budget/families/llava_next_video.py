@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..geometry import Fit
 from ..layout import Modality, Partition, VisualItem
 from .base import Model, grid_item
 from .flops import convolution_flops, linear_flops
@@ -30,6 +31,15 @@ class LlavaNextVideo(LlavaNext):
         side = pixels.shape[-1] // base.config.vision_config.patch_size // base.config.spatial_pool_stride
         frames = [Partition("frame", side, side, time=time) for time in range(pixels.shape[1])]
         return [grid_item("video", frames) for _ in pixels]
+
+    def unpooled(self, base: Model, modality: Modality) -> nn.Module | None:
+        """The resampler, which pools frames before they are projected."""
+        return base.vision_resampler if modality == "video" else None
+
+    def fit(self, base: Model, modality: Modality, item: VisualItem) -> Fit:
+        """Images as in LLaVA-NeXT; of frames the middle, as in LLaVA."""
+        whole = super().fit(base, modality, item)
+        return whole if modality == "image" else Fit("crop", base.config.vision_config.image_size, whole.covered)
 
     def pool_attention(self, base: Model, modality: Modality, patches: torch.Tensor) -> torch.Tensor:
         """Average over the patches that the resampler pools; images are not pooled."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from ..geometry import Fit
 from ..layout import Modality, Partition, VisualItem
 from .anyres import anyres_item, crop_grid
 from .base import Family, Model, flatten_features, grid_item
@@ -61,9 +63,18 @@ class LlavaOnevision(Family):
         partition, patch = torch.cat([grids.partition, newline]), torch.cat([grids.patch, newline])
         return VisualItem("video", grids.partitions, partition, patch, torch.zeros_like(patch), resampled=True)
 
+    def fit(self, base: Model, modality: Modality, item: VisualItem) -> Fit:
+        """One of several pictures is padded to a square; one that is cut, and the frames of a video, are squeezed."""
+        whole = super().fit(base, modality, item)
+        return replace(whole, kind="pad") if item.partitions[0].kind == "image" else whole
+
     def projector(self, base: Model, modality: Modality) -> nn.Module | None:
         """The projector; None for videos, whose frames are pooled behind it."""
         return base.multi_modal_projector if modality == "image" else None
+
+    def unpooled(self, base: Model, modality: Modality) -> nn.Module | None:
+        """The projector, behind which frames are pooled."""
+        return base.multi_modal_projector if modality == "video" else None
 
     def _side(self, base: Model) -> int:
         return base.config.vision_config.image_size // base.config.vision_config.patch_size

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import LayoutError
+from ..geometry import Fit
 from ..layout import Modality, Partition, PartitionKind, VisualItem
 from .base import Family, Model, grid_item
 from .flops import linear_flops
@@ -57,6 +58,10 @@ class Qwen2VL(Family):
             return grid_item(modality, [Partition(kind, *grid, time=time * merged_frames) for time in range(frames)])
 
         return [item(*grid) for grid in torch.as_tensor(inputs[f"{modality}_grid_thw"]).tolist()]
+
+    def fit(self, base: Model, modality: Modality, item: VisualItem) -> Fit:
+        """Resized to the nearest whole number of tokens, nothing padded and nothing cut off."""
+        return Fit(native=True)
 
     def token_attention(
         self,

@@ -26,12 +26,18 @@ def batches(window: Iterable[Sample | Broken], batch: int) -> Iterator[list[Samp
     """
     kinds: dict[str, list[Sample | Broken]] = {}
     for one in window:
-        kind = "broken" if isinstance(one, Broken) else "picture" if one.clip is None else "video"
-        kinds.setdefault(kind, []).append(one)
+        kinds.setdefault(_kind(one), []).append(one)
     for members in kinds.values():
         ordered = sorted(members, key=_length)
         for start in range(0, len(ordered), batch):
             yield ordered[start : start + batch]
+
+
+def _kind(one: Sample | Broken) -> str:
+    """Samples of one kind can be asked together: either all or none of them come with geometry."""
+    if isinstance(one, Broken):
+        return "broken"
+    return "video" if one.clip is not None else "picture" if one.views is None else "view"
 
 
 def _length(one: Sample | Broken) -> tuple[int, int, str]:

@@ -104,6 +104,14 @@ Pictures = Annotated[
     int | None,
     typer.Option("--pictures", min=0, help="Worst regressions drawn per method and task.", rich_help_panel=_HOW),
 ]
+ScorerName = Annotated[
+    str | None,
+    typer.Option(
+        "--scorer",
+        help="What scores frames for methods that read scores, such as quota: clip:FOLDER_OR_NAME or vlm:FOLDER.",
+        rich_help_panel=_HOW,
+    ),
+]
 
 
 @app.command("run")
@@ -124,6 +132,7 @@ def run(
     batch: BatchSize = None,
     share_encoding: Sharing = None,
     pictures: Pictures = None,
+    scorer: ScorerName = None,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.auto,
     out: Annotated[Path, typer.Option("--out", help="Folder of the results.", rich_help_panel=_HOW)] = Path("results"),
@@ -158,6 +167,7 @@ def run(
         "batch": batch,
         "share_encoding": share_encoding,
         "pictures": pictures,
+        "scorer": scorer,
         "device": None if device is Device.auto else device.value,
         "dtype": None if dtype is Dtype.auto else dtype.value,
     }

@@ -18,7 +18,7 @@ from vlm_budget.registry import PRUNERS
 ALL = "all"
 _HUB = "hub:"
 _KINDS: Sequence[tuple[str, Any, str]] = (
-    *((name, str, "text") for name in ("model", "device", "dtype")),
+    *((name, str, "text") for name in ("model", "device", "dtype", "scorer")),
     ("seed", int | None, "a number"),
     ("share_encoding", bool, "true or false"),
     ("data", Mapping, "a mapping of tasks to folders"),
@@ -46,6 +46,8 @@ class EvalConfig:
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         share_encoding: Encode pictures once per batch for all methods.
         pictures: Of the worst regressions, drawn per method and budget.
+        scorer: What scores frames for methods that read scores, such as ``clip:FOLDER``; empty for none. See
+            :func:`vlm_budget.video.frames.scorers.load_scorer`.
     """
 
     model: str
@@ -62,6 +64,7 @@ class EvalConfig:
     dtype: str = "auto"
     share_encoding: bool = True
     pictures: int = 1
+    scorer: str = ""
 
     def __post_init__(self) -> None:
         """Check numbers.

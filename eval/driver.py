@@ -2,6 +2,7 @@
 
 Pictures are encoded once per batch and serve all cells, where the model takes encoded features: the vision encoder runs
 with the probes of every method, and each method finds its scores on the features. Its time is then the same for all.
+Frames are scored once per batch, too, and that time is told of the methods that read the scores.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from vlm_budget.cost import CostModel
 from vlm_budget.engine.clock import Interval, total_ms
 from vlm_budget.errors import DataError
+from vlm_budget.eval.beside import lay_beside, score_frames
 from vlm_budget.eval.cells import Cell
 from vlm_budget.eval.sample import Sample
 from vlm_budget.eval.task import Task
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from vlm_budget.cli.loading import Loaded
     from vlm_budget.report import KeptItem
+    from vlm_budget.video.frames.scorers import FrameScorer
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -41,6 +44,7 @@ class Watch(Pruner):
 
     wanted: tuple[Attention, ...] = ()
     hidden: bool = False
+    unpooled: bool = False
 
     paper: ClassVar[str] = ""
 
@@ -53,11 +57,20 @@ class Watch(Pruner):
         """The projector's inputs, too."""
         return self.hidden
 
+    @property
+    def reads_unpooled(self) -> bool:
+        """Frames before they are pooled, too."""
+        return self.unpooled
+
     @classmethod
     def over(cls, pruners: Sequence[Pruner], tower: Tower) -> Watch:
         """What some methods need."""
         needs = tuple(dict.fromkeys(need for pruner in pruners for need in pruner.all_needs(tower)))
-        return cls(wanted=needs, hidden=any(pruner.wants_hidden for pruner in pruners))
+        return cls(
+            wanted=needs,
+            hidden=any(pruner.wants_hidden for pruner in pruners),
+            unpooled=any(pruner.reads_unpooled for pruner in pruners),
+        )
 
 
 @dataclass(eq=False)
@@ -73,6 +86,9 @@ class Batch:
         text: Per sample, its text tokens.
         ms: Milliseconds by stage, of making the batch.
         shared: The features in ``inputs`` were encoded for all cells.
+        videos: The pictures went in as videos.
+        scores: Per sample, the relevance of its frames; None where no method reads it or nothing scores it.
+        score_ms: Milliseconds that took.
     """
 
     task: Task
@@ -83,6 +99,9 @@ class Batch:
     text: list[int]
     ms: dict[str, float] = field(default_factory=dict)
     shared: bool = False
+    videos: bool = False
+    scores: list[torch.Tensor] | None = None
+    score_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -111,9 +130,12 @@ class Driver:
         loaded: The model with its processor, not patched.
         cells: All that will answer.
         share: Encode pictures once per batch for all cells, where the model can.
+        scorer: What scores frames for methods that read scores; None leaves these without.
     """
 
-    def __init__(self, loaded: Loaded, cells: Sequence[Cell], share: bool = True) -> None:
+    def __init__(
+        self, loaded: Loaded, cells: Sequence[Cell], share: bool = True, scorer: FrameScorer | None = None
+    ) -> None:
         self.model, self.processor = loaded.model, loaded.processor
         _, self.base, self.family = find_family(self.model)
         self.cost = CostModel.of(self.base, self.family)
@@ -121,6 +143,7 @@ class Driver:
         pruners = [methods.vision for methods in self.methods.values() if methods.vision is not None]
         self.watch = Watch.over(pruners, self.family.tower(self.base))
         self.share = share and len(cells) > 1 and _takes_features(self.model)
+        self.scorer, self._scored = scorer, False
 
     def prepare(self, task: Task, samples: Sequence[Sample]) -> Batch:
         """Read pictures, make inputs, and encode them if all cells share that.
@@ -139,6 +162,7 @@ class Driver:
         sizes = [tuple(item.size for item in row) for row in rows]
         batch = Batch(task, samples, pictures, inputs, sizes, text_tokens(self.base, self.family, inputs))
         batch.ms = {"load": (loaded - began) * 1000, "process": (time.perf_counter() - loaded) * 1000}
+        batch.videos = videos
         if self.share and any(pixels in batch.inputs for pixels in _PIXELS.values()):
             self._encode(batch)
         return batch
@@ -156,6 +180,10 @@ class Driver:
             Exception: Whatever the model or the method raises; a budget that a prompt cannot meet, for one.
         """
         device = self.model.device
+        method = None if cell.unpatched else self.methods[cell].vision
+        reads_frames = method is not None and method.reads_frames
+        if reads_frames and batch.scores is None:
+            self._score(batch)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         whole = Interval(device)
@@ -167,12 +195,15 @@ class Driver:
         else:
             methods = self.methods[cell]
             with patch(self.model, methods.named, cell.spend) as handle:
+                lay_beside(handle, method, batch.samples, batch.scores, batch.videos)
                 sequences = self._generate(batch)
                 report, kept = handle.report(), handle.kept() if draw else None
             costs = self._costs(batch, report.plan)
             names = ("encode", "select", "compact", "prefill", "drop")
             ms = {name: getattr(report, f"{name}_ms") for name in names}
             ms["decode"] = (report.decode_ms_per_token or 0.0) * report.decode_steps
+            if reads_frames:
+                ms["score"] = batch.score_ms
         ms["total"] = whole.stop().ms
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         new = sequences[:, batch.inputs["input_ids"].shape[1] :].cpu()  # one wait for the device, not one per row
@@ -206,6 +237,16 @@ class Driver:
         batch.ms["encode"] = clock.stop().ms
         batch.inputs["mm_encoder_outputs"] = features
         batch.shared = True
+
+    def _score(self, batch: Batch) -> None:
+        """Score a batch's frames for all methods that read scores."""
+        if self.scorer is None or not all(batch.pictures):
+            return
+        for _ in range(1 if self._scored else 2):  # the first call pays for what later ones have
+            began = time.perf_counter()
+            batch.scores = score_frames(self.scorer, batch.samples, batch.pictures)
+            batch.score_ms = (time.perf_counter() - began) * 1000
+        self._scored = True
 
     def _generate(self, batch: Batch) -> torch.Tensor:
         inputs = batch.inputs

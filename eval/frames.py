@@ -35,6 +35,8 @@ def read_frames(clip: Clip, count: int) -> list[Image.Image]:
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise OptionError(f"frames must be a number from 1 on, got {count!r}")
+    if clip.draw is not None:
+        return clip.draw(count)
     if clip.path.is_dir():
         return _from_folder(clip, count)
     with Video.open(clip.path, name=clip.name, max_frames=count, strict=True) as video:

@@ -41,6 +41,7 @@ from vlm_budget.patching import patch
 if TYPE_CHECKING:
     from vlm_budget.cli.loading import Loaded
     from vlm_budget.eval.watch import Progress
+    from vlm_budget.video.frames.scorers import FrameScorer
 
 _LONGEST = 500  # letters of a recorded error
 _FATAL = (RunError, MissingExtraError)  # not the sample's fault
@@ -71,10 +72,12 @@ def run(config: EvalConfig, out: str | Path, progress: Progress | None = None, l
         team.once(lambda: held.enter_context(locked(folder)) if team.leads else None)
         model = loaded or _load(config)
         cells, refused = _usable(model, cells, config)
+        scorer = _load_scorer(config, model)
         what = team.once(lambda: _begun(folder, manifest(config, model, tasks, cells, refused, sizes), team))
         begin(folder, what)  # where each machine has a folder of its own, in every one of them
         known = answered(folder)
-        worker = Worker(Driver(model, cells, config.share_encoding), cells, Store(folder, team.rank), known)
+        driver = Driver(model, cells, config.share_encoding, scorer)
+        worker = Worker(driver, cells, Store(folder, team.rank), known)
         if progress is not None:
             progress.begin(max(0, sum(sizes.values()) * len(cells) - len(known)) // team.size)
         turns = count()
@@ -301,6 +304,12 @@ def _load(config: EvalConfig) -> Loaded:
     from vlm_budget.cli.loading import load
 
     return load(config.model, config.device, config.dtype, lambda name: None)
+
+
+def _load_scorer(config: EvalConfig, loaded: Loaded) -> FrameScorer | None:
+    from vlm_budget.video.frames.scorers import load_scorer
+
+    return load_scorer(config.scorer, str(loaded.device)) if config.scorer else None
 
 
 def _usable(loaded: Loaded, cells: Sequence[Cell], config: EvalConfig) -> tuple[list[Cell], dict[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,8 @@ from vlm_budget.images import decode_image, load_image, upright_rgb
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from vlm_budget.video.frames.queries import Query
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +62,30 @@ class Clip:
         path: The file.
         start: Seconds from its beginning.
         end: Seconds; None for its end.
+        draw: For a video that is made on the spot and lies in no file: a number to that many of its frames, spread
+            evenly. None for a file.
     """
 
     name: str
     path: Path
     start: float = 0.0
     end: float | None = None
+    draw: Callable[[int], list[Image.Image]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """Where a sample's pictures were taken, for methods that read geometry; see :meth:`vlm_budget.PatchHandle.views`.
+
+    Attributes:
+        depth: Per picture, [H, W] metres along the optical axis.
+        pose: [V, 4, 4] camera to world.
+        intrinsics: [V, 3, 3], in the pixels of ``depth``.
+    """
+
+    depth: Sequence[Any]
+    pose: Any
+    intrinsics: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +100,8 @@ class Sample:
         clip: Its video, or None.
         group: What it shares with other samples (a page, a picture): errors are clustered by it. Its id by default.
         facts: What else the metric and the report want: a category, the choices.
+        views: Where its pictures were taken; None where that is not known.
+        query: What frames are scored for, where it is known better than from the prompt.
     """
 
     id: str
@@ -89,6 +111,8 @@ class Sample:
     clip: Clip | None = None
     group: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    views: Views | None = None
+    query: Query | None = None
 
     @property
     def cluster(self) -> str:

@@ -96,8 +96,9 @@ class BatchTime:
         cell: What answered.
         samples: Ids of the samples.
         ms: Milliseconds of the whole batch by stage: ``load`` (files), ``process`` (the processor), ``encode`` (vision
-            encoder with all probes; once for all cells of a batch where ``shared``), ``select``, ``compact``,
-            ``prefill`` (of it ``drop``), ``decode``, ``total``.
+            encoder with all probes; once for all cells of a batch where ``shared``), ``score`` (frames, of methods that
+            read scores; once for all of these), ``select``, ``compact``, ``prefill`` (of it ``drop``), ``decode``,
+            ``total`` (of what is done for the cell alone).
         shared: The encoder ran once for several cells.
         peak_bytes: Peak memory of the accelerator; 0 on a CPU.
     """

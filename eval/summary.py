@@ -20,7 +20,7 @@ COSTS = {
     "kv_bytes": "KV cache of the prompt",
     "prefill_ms": "measured prefill, with choosing tokens",
 }
-_BEHIND_ENCODER = ("select", "compact", "prefill")
+_BEHIND_ENCODER = ("score", "select", "compact", "prefill")
 
 
 @dataclass(frozen=True)

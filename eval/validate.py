@@ -47,7 +47,7 @@ def _fault(one: Sample | Broken, pictures: bool) -> str | None:
     if not pictures:
         return None
     try:
-        if one.clip is not None and not _is_video(one.clip.path):
+        if one.clip is not None and one.clip.draw is None and not _is_video(one.clip.path):
             return f"there is no video {one.clip.name!r}"
         for picture in one.images:
             picture.load()

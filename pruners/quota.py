@@ -80,7 +80,7 @@ class QuoTA(Pruner):
             BudgetError: Also where they are fewer than ``floor`` asks for.
         """
         count = super().tokens(budget, items)
-        least = sum(self._least(item) for item in items)
+        least = sum(sum(self._floors(item)) for item in items)
         if count < least:
             total = sum(item.size for item in items)
             raise InfeasibleBudgetError(
@@ -89,8 +89,8 @@ class QuoTA(Pruner):
             )
         return count
 
-    def _least(self, item: VisualItem) -> int:
-        return sum(min(self.floor, size) for size in frame_sizes(item))
+    def _floors(self, item: VisualItem) -> list[int]:
+        return [min(self.floor, size) for size in frame_sizes(item)]
 
     def pick_prompt(self, contexts: Sequence[Context], k: int) -> Selection:
         """Share ``k`` tokens out over the prompt's items by the scores of their frames, then within each."""
@@ -116,10 +116,10 @@ class QuoTA(Pruner):
         """Per item, how many patch tokens and how many separators it keeps."""
         items = [ctx.item for ctx in contexts]
         room = [len(item.candidates) for item in items]
-        least = max(1, sum(self._least(item) for item in items))
-        wanted = [len(item.separators) if self._stays(item) else 0 for item in items]
+        least = max(1, sum(sum(self._floors(item)) for item in items))
+        wanted: list[int] = [len(item.separators) if self._stays(item) else 0 for item in items]
         if k - sum(wanted) < least:
-            if self.newline == "keep_all" and sum(wanted):
+            if self.newline == "keep_all" and any(wanted):
                 raise BudgetError(
                     f"newline='keep_all' keeps {sum(wanted)} separators, which leaves {max(k - sum(wanted), 0)} of {k} "
                     f"tokens for the frames, which take {least} or more. The nearest feasible count is "
@@ -128,10 +128,11 @@ class QuoTA(Pruner):
             wanted = [0] * len(items)
         while True:
             patches = self._shares_of_items(contexts, min(k - sum(wanted), sum(room)))
-            if not any(count for count, some in zip(wanted, patches, strict=True) if not some):
+            idle = [count > 0 and not some for count, some in zip(wanted, patches, strict=True)]
+            if self.newline == "keep_all" or not any(idle):
                 break
-            # What keeps none of its frames keeps none of its separators: the others share these tokens.
-            wanted = [count if some else 0 for count, some in zip(wanted, patches, strict=True)]
+            # A video that keeps no frame keeps no newline: the others share this token.
+            wanted = [0 if vain else count for count, vain in zip(wanted, idle, strict=True)]
         left = k - sum(patches) - sum(wanted)
         free = [len(item.separators) - count for item, count in zip(items, wanted, strict=True)]
         for index, more in enumerate(split(left, free, free)):
@@ -146,10 +147,18 @@ class QuoTA(Pruner):
         """Patch tokens per item: frames share as if they were of one video, within what the items have room for."""
         shares = [0] * len(contexts)
         scores, caps = prompt_scores(contexts), [self._caps(ctx) for ctx in contexts]
+        floors = [self._floors(ctx.item) for ctx in contexts]
         open_ = list(range(len(contexts)))
         while open_:
-            flat = [[value for index in open_ for value in per_item[index]] for per_item in (scores, caps)]
-            counts = iter(allocate_frames(flat[0], k, caps=flat[1], power=self.power, floor=self.floor))
+            counts = iter(
+                allocate_frames(
+                    [score for index in open_ for score in scores[index]],
+                    k,
+                    caps=[cap for index in open_ for cap in caps[index]],
+                    power=self.power,
+                    floor=[low for index in open_ for low in floors[index]],
+                )
+            )
             for index in open_:
                 shares[index] = sum(next(counts) for _ in caps[index])
             full = [index for index in open_ if shares[index] > len(contexts[index].item.candidates)]
@@ -176,7 +185,7 @@ class QuoTA(Pruner):
         if item.modality == "image":
             return _from_tokens(ctx, split(k, item.shown, item.shown), how)
         (scores,) = prompt_scores([ctx])
-        counts = allocate_frames(scores, k, caps=self._caps(ctx), power=self.power, floor=self.floor)
+        counts = allocate_frames(scores, k, caps=self._caps(ctx), power=self.power, floor=self._floors(item))
         return _from_tokens(ctx, counts, how) if finer is None else _from_finer(ctx, finer, counts, how)
 
 
@@ -196,9 +205,10 @@ def _from_tokens(ctx: Context, counts: Sequence[int], how: Assigner) -> Selectio
         else:
             nearest = lattice(patch, grid.cols, count) if sides is None else places(*sides, count)
             columns.append(ctx.there(members[nearest]))
-            as_they_are = how == "stride" or sides is None or count == len(members)
-            value = ctx.features[columns[-1] if as_they_are else tokens]
-            value = value if as_they_are else resampled(value, *sides, count, how)
+            if how == "stride" or sides is None or count == len(members):
+                value = ctx.features[columns[-1]]
+            else:
+                value = resampled(ctx.features[tokens], *sides, count, how)
         values.append(value)
     keep = torch.cat(columns)
     return Selection(keep) if how == "stride" else Selection(keep, torch.cat(values))
@@ -260,7 +270,7 @@ def spaced(ideal: torch.Tensor, size: int) -> torch.Tensor:
         size: Places, at least k.
 
     Returns:
-        [k] int64, strictly ascending in ``range(size)``; the largest distance from an ideal place is the least there is.
+        [k] int64, strictly ascending in ``range(size)``; no others have a smaller largest distance from the ideal ones.
     """
     steps = torch.arange(len(ideal), device="cpu")
     slack = ideal - steps

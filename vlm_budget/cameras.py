@@ -44,7 +44,8 @@ def camera_views(
 
 
 def _planes(depth: Any, size: Size | None) -> list[torch.Tensor]:
-    if size is not None and (len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size)):
+    numbers = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
+    if size is not None and not numbers:
         raise GeometryError(f"size must be the height and width of the pictures, got {size!r}")
     rows = list(depth) if isinstance(depth, Sequence) else _tensor("depth", depth)
     if isinstance(rows, torch.Tensor) and rows.ndim != 3:

@@ -15,7 +15,13 @@ from .errors import BudgetError, FrameScoreError, OptionError
 
 
 def allocate_frames(
-    scores: Any, budget: int, *, caps: Sequence[int] | int, power: float = 2.0, floor: int = 0, separators: int = 0
+    scores: Any,
+    budget: int,
+    *,
+    caps: Sequence[int] | int,
+    power: float = 2.0,
+    floor: Sequence[int] | int = 0,
+    separators: int = 0,
 ) -> list[int]:
     """Share a budget out over frames.
 
@@ -29,7 +35,8 @@ def allocate_frames(
         budget: Tokens in all.
         caps: The most tokens each frame can have (its grid), or one number for all.
         power: A frame weighs ``score ** power``; 0 makes all equal.
-        floor: The least tokens of each frame, as far as its cap allows; with 0, frames may get none.
+        floor: The least tokens of each frame, as far as its cap allows, or one number for all; with 0, frames may get
+            none.
         separators: Tokens that stay besides, paid from the budget.
 
     Returns:
@@ -42,13 +49,13 @@ def allocate_frames(
     """
     if not isinstance(power, int | float) or isinstance(power, bool) or not 0 <= power < math.inf:
         raise OptionError(f"power must be a finite number of at least 0, got {power!r}")
-    if not isinstance(floor, int) or isinstance(floor, bool) or floor < 0:
-        raise OptionError(f"floor must be a number of tokens of at least 0, got {floor!r}")
     known = _numbers(scores)
-    limits = [caps] * len(known) if isinstance(caps, int) else [int(cap) for cap in caps]
-    if len(limits) != len(known):
+    limits, lows = ([n] * len(known) if isinstance(n, int) else [int(one) for one in n] for n in (caps, floor))
+    if min([*limits, *lows], default=0) < 0:
+        raise OptionError(f"caps and floor must be numbers of tokens of at least 0, got {caps!r} and {floor!r}")
+    if not len(limits) == len(lows) == len(known):
         raise FrameScoreError(f"there are {len(known)} scores for {len(limits)} frames; pass one score per frame")
-    floors = [min(floor, cap) for cap in limits]
+    floors = [min(low, cap) for low, cap in zip(lows, limits, strict=True)]
     least, most = sum(floors) + separators, sum(limits) + separators
     if not least <= budget <= most:
         raise BudgetError(

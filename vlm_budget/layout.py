@@ -72,6 +72,11 @@ class VisualItem:
         """Number of tokens, separators included."""
         return int(self.partition.shape[0])
 
+    @property
+    def frames(self) -> int:
+        """Frames of a video; a picture counts as one."""
+        return len(self.partitions) if self.modality == "video" else 1
+
     @cached_property
     def candidates(self) -> torch.Tensor:
         """[m] int64, positions in the item of the tokens that show something: no separators, no padding."""

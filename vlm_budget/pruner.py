@@ -103,7 +103,7 @@ class Context:
             for methods with ``reads_views``, None where no views were laid beside the prompt.
         scores: [P] float32 on the CPU, relevance of every partition (frame) to the question; for methods with
             ``reads_frames``, None where no scores were laid beside the prompt.
-        finer: The frames before they are pooled, for methods with ``reads_unpooled``; None where they are not.
+        finer: The frames before they are pooled, for methods that ``reads_unpooled``; None where they are not.
         mrope: Positions have several axes, so that kept tokens keep their own.
     """
 
@@ -216,7 +216,6 @@ class Pruner:
     reads_text: ClassVar[bool] = False
     reads_views: ClassVar[bool] = False
     reads_frames: ClassVar[bool] = False
-    reads_unpooled: ClassVar[bool] = False
     merges: ClassVar[bool] = False  # the method returns embeddings of its own: no merging stage fits behind it
 
     def __post_init__(self) -> None:
@@ -247,6 +246,11 @@ class Pruner:
     @property
     def joint(self) -> bool:
         """The method chooses among all items of a prompt at once, by :meth:`pick_prompt`; else item by item."""
+        return False
+
+    @property
+    def reads_unpooled(self) -> bool:
+        """The method wants a video's frames as they are before the model pools them (``Context.finer``)."""
         return False
 
     def needs(self, tower: Tower) -> tuple[Attention, ...]:

@@ -70,7 +70,7 @@ def told_columns(handle: PatchHandle, full: list[Row]) -> list[list[int]]:
         visual, start = row.visual.nonzero().flatten(), 0
         columns = (~row.visual).nonzero().flatten().tolist()
         for item in (item for item in handle.kept() if item.row == index):
-            columns += visual[torch.tensor(item.positions) + start].tolist()
+            columns += visual[torch.tensor(item.positions, dtype=torch.long) + start].tolist()
             start += item.item.size
         found.append(sorted(columns))
     return found

@@ -86,6 +86,7 @@ def test_free_shares_are_the_squares_to_within_one(scores: list[int], budget: in
         ([0, 1, 0], 26, {"caps": [20, 20, 20]}, [3, 20, 3]),
         ([1, 1], 11, {"separators": 1}, [5, 5]),
         ([1, 1], 8, {"caps": [2, 20], "floor": 4}, [2, 6]),  # a grid smaller than the floor
+        ([1, 0, 0], 20, {"floor": [0, 1, 5]}, [14, 1, 5]),
         ([1e200, 1e200], 10, {}, [5, 5]),
         ([1e-200, 1e-200], 10, {}, [5, 5]),
         ([1], 0, {}, [0]),
@@ -135,10 +136,10 @@ def test_a_budget_out_of_reach_is_refused_with_the_nearest_one(
         allocate_frames([3, 2, 1], budget, caps=20, **options)
 
 
-@pytest.mark.parametrize("option", [{"power": -1}, {"power": math.nan}, {"power": "2"}, {"floor": -1}, {"floor": 0.5}])
+@pytest.mark.parametrize("option", [{"power": -1}, {"power": math.nan}, {"power": "2"}, {"floor": -1}, {"caps": [-1]}])
 def test_unusable_options_are_refused(option: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match=f"{next(iter(option))} must be"):
-        allocate_frames([1.0], 1, caps=GRID, **option)
+    with pytest.raises(OptionError, match=f"{next(iter(option))}.* must be"):
+        allocate_frames([1.0], 1, **{"caps": GRID, **option})
 
 
 def test_weights_are_relative_to_the_highest() -> None:

@@ -272,11 +272,15 @@ def test_batches_of_a_vlm_change_nothing(nano: Any, words: Any, batch: int) -> N
     assert told[-1] == (5, 5) and len(told) == math.ceil(5 / batch)
 
 
-def test_clues_are_asked_one_by_one(nano: Any, words: Any) -> None:
+def test_clues_are_asked_one_by_one(nano: Any, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
+    asked: list[str] = []
     scorer = YesNoScorer(*nano, **words)
-    found = scorer.score(FRAMES[:2], ["red", "one"], lambda *count: told.append(count))
-    assert found.shape == (2, 2) and not torch.equal(found[:, 0], found[:, 1])
+    ask = scorer.ask
+    monkeypatch.setattr(scorer, "ask", lambda frames, text, done: asked.append(text) or ask(frames, text, done))
+    found = scorer.score(FRAMES[:2], ["red", "a mug"], lambda *count: told.append(count))
+    assert ["this: red?" in asked[0], "this: a mug?" in asked[1]] == [True, True]
+    assert found.shape == (2, 2) and torch.allclose(found[:, 0], ask(FRAMES[:2], asked[0]))
     assert told == [(2, 4), (4, 4)]
     assert scorer.score([], ["red"]).shape == (0, 1)
 
@@ -291,7 +295,7 @@ def test_large_frames_are_made_smaller_first(nano: Any, words: Any) -> None:
 
 
 def test_a_question_with_a_picture_token_is_refused(nano: Any, words: Any) -> None:
-    with pytest.raises(FrameScoreError, match="'<image>', which stands for a picture"):
+    with pytest.raises(OptionError, match="'<image>', which stands for a picture"):
         relevance(YesNoScorer(*nano, **words), FRAMES[:1], "is <image> red")
 
 

@@ -17,6 +17,11 @@ from vlm_budget.errors import MissingExtraError, VideoError
 # Seconds that are sooner decoded than jumped over, as long as it is not known how close the key frames stand.
 _SEEK = 4.0
 
+# Seconds before a wanted time within which every frame is decoded; further away those that no other refers to are left
+# out, in formats that mark them for certain (of HEVC's, pictures of a higher layer may refer to them).
+_NEAR = 0.5
+_MARKED = ("h264",)
+
 
 class Decoder:
     """The first video stream of a file, by time.
@@ -29,6 +34,7 @@ class Decoder:
         rate: Frames per second on average; 0.0 where the file does not tell.
         first: The first frame that can be decoded.
         bad: Time stamps of packets and frames that could not be decoded.
+        behind: The time shown last lay behind the last frame, though the video should go on there.
         cut_off: The frames were found to end before the duration is over.
         closed: Nothing can be read any more.
 
@@ -58,6 +64,7 @@ class Decoder:
         for stream in container.streams.video:
             if not _is_cover(stream):
                 stream.thread_type = "AUTO"
+                self._skims = False
                 return container, stream
         container.close()
         raise VideoError(f"{self.name} holds no video stream: it may be sound alone. Pass a file with pictures")
@@ -70,15 +77,16 @@ class Decoder:
             raise self._clockless()
         self.rate = float(stream.average_rate or 0)
         self.bad: set[int | None] = set()
-        self.cut_off = False
+        self.behind = self.cut_off = False
+        self._aim: int | None = None  # ticks up to which frames may be left out that no other refers to
+        self._reach = _SEEK  # seconds that are sooner decoded than jumped over
         self._zero = stream.start_time
         self._start()
         self.duration, self.loose = self._seconds()
         self._frames = self._decoded()
         self._coming = self._next()
         if self._coming is None:
-            problem = f"none of its {len(self.bad)} frames can be decoded" if self.bad else "it holds no frame"
-            raise VideoError(f"video {self.name} is damaged: {problem}")
+            raise VideoError(f"video {self.name} is damaged: it holds no frame that can be decoded")
         if self._zero is None:
             self._zero = self._stamp(self._coming)
         # Half a tick, since a file rounds its frames' times to its own clock; of a coarse clock no more than 1 ms.
@@ -90,7 +98,7 @@ class Decoder:
         self._shown: Any = None
         self._coming: Any = None
         self._key: float | None = None  # time of the last key frame that came by
-        self._reach = _SEEK  # seconds that are sooner decoded than jumped over
+        self._left_out: int | None = None  # the latest packet of which a frame may have been left out
 
     def close(self) -> None:
         """Close the file."""
@@ -103,28 +111,42 @@ class Decoder:
 
     def time(self, frame: Any) -> float:
         """When a frame is shown first, in seconds."""
-        return float((self._stamp(frame) - self._zero) * self._tick)
+        return self._in_seconds(self._stamp(frame))
+
+    def _in_seconds(self, stamp: int) -> float:
+        # Of whole numbers, hence rounded once; the same with fractions takes ten times as long, for every frame.
+        return (stamp - self._zero) * self._tick.numerator / self._tick.denominator
+
+    def _in_ticks(self, time: float) -> int:
+        return self._zero + int(time / self._tick)
 
     def show(self, time: float) -> Any:
         """The frame that a player shows at a time: the last one that began until then, or the first of all.
 
-        Behind the last frame, that one stays. It has been cut off (see ``cut_off``) where the file promised more.
+        Behind the last frame, that one stays as long as the file says that the video goes on (see ``cut_off``).
 
         Raises:
-            VideoError: In strict mode: cut off, or damaged where it was read.
+            VideoError: The video has ended before; in strict mode also: cut off, or damaged where it was read.
         """
         wanted = time + self._slack
+        self._aim = self._in_ticks(time - _NEAR) if self._stream.codec_context.name in _MARKED else None
         if (self._shown is not None and wanted < self.time(self._shown)) or self._should_jump(wanted):
             self._jump(wanted)
-        while self._coming is not None and (self._shown is None or self.time(self._coming) <= wanted):
-            self._shown, self._coming = self._coming, self._next()
-        if self._coming is None:
-            self._look_behind(time)
+        self._forward(wanted)
+        if self._left_out is not None and self._stamp(self._shown) <= self._left_out:  # it may be one that was left out
+            self._aim = None
+            self._jump(wanted)
+            self._forward(wanted)
+        self.behind = self._coming is None and self._ended_before(time)
         if self.strict and self._shown.is_corrupt:
             raise VideoError(
                 f"video {self.name} is damaged: its frame at {self.time(self._shown):.2f} s cannot be decoded"
             )
         return self._shown
+
+    def _forward(self, wanted: float) -> None:
+        while self._coming is not None and (self._shown is None or self.time(self._coming) <= wanted):
+            self._shown, self._coming = self._coming, self._next()
 
     def onwards(self, time: float) -> Iterator[Any]:
         """Every frame from the one shown at a time on."""
@@ -133,16 +155,22 @@ class Decoder:
             self._shown, self._coming = self._coming, self._next()
             yield self._shown
 
-    def _look_behind(self, time: float) -> None:
+    def _ended_before(self, time: float) -> bool:
         last = self.time(self._shown)
         own = float((self._shown.duration or 0) * self._tick)
-        if min(time, self.duration) - last <= max(own, 1 / self.rate if self.rate else 0.0) + self.loose:
-            return
+        end = last + max(own, 1 / self.rate if self.rate else 0.0) + self.loose
+        if time <= end:
+            return False
+        if time > self.duration + self.loose:
+            raise VideoError(
+                f"video {self.name} lasts {max(self.duration, last + own):.2f} s: it shows nothing at {time:g} s"
+            )
         self.cut_off = True
         if self.strict:
             raise VideoError(
                 f"video {self.name} is cut off: its frames end at {last:.2f} s, one of {time:.2f} s is wanted"
             )
+        return True
 
     def _should_jump(self, wanted: float) -> bool:
         if self._coming is None or wanted - self.time(self._coming) <= self._reach:
@@ -164,7 +192,8 @@ class Decoder:
             if wanted - back <= 0 or (self._coming is not None and self.time(self._coming) <= wanted):
                 break
             back = max(2 * back, 1.0)
-        if self._coming is None:  # not even the start: some containers lose their way in seeking
+        if self._coming is None or self.time(self._coming) > max(wanted, self.time(self.first)):
+            # Not even the start was found, as in transport streams whose first packet is decoded before it is shown.
             self._reopen()
             self._start()
             self._frames = self._decoded()
@@ -176,7 +205,7 @@ class Decoder:
 
     def _seek(self, time: float) -> None:
         try:
-            self._container.seek(self._zero + int(time / self._tick), stream=self._stream, backward=True)
+            self._container.seek(self._in_ticks(time), stream=self._stream, backward=True)
         except self._av.error.FFmpegError:
             if time:  # as good as landing nowhere
                 self._frames = iter(())
@@ -193,12 +222,15 @@ class Decoder:
         assert self._scout is not None
         container, stream = self._scout
         try:
-            container.seek(self._zero + int(time / self._tick), stream=stream, backward=True)
+            container.seek(self._in_ticks(time), stream=stream, backward=True)
             packet = next(container.demux(stream))
         except (self._av.error.FFmpegError, StopIteration):
             return -math.inf
         stamp = packet.dts if packet.pts is None else packet.pts
-        return -math.inf if stamp is None else float((stamp - self._zero) * self._tick)
+        if stamp is None or not packet.is_keyframe:
+            return -math.inf
+        found = self._in_seconds(stamp)
+        return found if found <= time else -math.inf
 
     def _next(self) -> Any:
         frame = next(self._frames, None)
@@ -219,6 +251,7 @@ class Decoder:
             except failure as error:  # the rest of the file is gone; the decoder may still hold frames
                 self._count(None, error)
                 packet = None
+            self._choose(packet)
             try:
                 frames = codec.decode(packet)
             except EOFError:  # drained before
@@ -233,6 +266,15 @@ class Decoder:
                     yield frame
             if packet is None:
                 return
+
+    def _choose(self, packet: Any) -> None:
+        """Let the decoder leave out what no other frame refers to, far before the wanted time."""
+        far = self._aim is not None and packet is not None and packet.pts is not None and packet.pts < self._aim
+        if far:
+            self._left_out = max(packet.pts, self._left_out or packet.pts)
+        if far != self._skims:
+            self._stream.codec_context.skip_frame = "NONREF" if far else "DEFAULT"
+            self._skims = far
 
     def _count(self, stamp: int | None, error: Exception) -> None:
         if self.strict:

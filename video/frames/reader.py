@@ -144,12 +144,9 @@ class Video:
             VideoError: A time is negative, no number, or behind the end of the video; damage, if ``strict``.
             OptionError: More times than ``max_frames``.
         """
-        decoder = self._open_decoder()
+        self._open_decoder()
         asked = [seconds(time, f"video {self.name}: a time") for time in _listed(times)]
         self._require_few(len(asked))
-        for time in asked:
-            if time > decoder.duration + max(decoder.loose, 1 / decoder.rate if decoder.rate else 0.0):
-                raise VideoError(f"video {self.name} lasts {decoder.duration:.2f} s: it shows nothing at {time:g} s")
         found: dict[float, Frame] = {}
         ascending = sorted(asked)
         for done, (time, frame) in enumerate(zip(ascending, self._shown(ascending), strict=True), 1):
@@ -205,14 +202,12 @@ class Video:
             OptionError: ``step`` is no number of seconds above 0.
             VideoError: Damage, if ``strict``.
         """
-        if isinstance(step, (bool, str)) or not (math.isfinite(step) and step > 0):
+        if isinstance(step, bool) or not isinstance(step, (int, float)) or not (math.isfinite(step) and step > 0):
             raise OptionError(f"the step must be a number of seconds above 0, got {step!r}")
-        duration = self._open_decoder().duration
-        times = itertools.takewhile(lambda time: time < duration, (number * step for number in itertools.count()))
-        for frame in self._shown(times):
-            if self.cut_off:
-                return
-            yield frame
+        decoder = self._open_decoder()
+        times = (number * step for number in itertools.count())
+        frames = self._shown(itertools.takewhile(lambda time: time < decoder.duration, times))
+        return itertools.takewhile(lambda _: not decoder.behind, frames)
 
     def _shown(self, times: Iterable[float]) -> Iterator[Frame]:
         """Frames at times that ascend, each converted once."""

@@ -10,13 +10,16 @@ Ours, and why:
 * A look is a batch of whole frames under a CLIP-like scorer, instead of one detector call on a mosaic of small frames.
 * Estimates are piecewise linear instead of a cubic smoothing spline, and become chances by ``softmax(P / T)``: the
   released sigmoid of values in [0, 1] leaves them all but equal.
-* ``explore="cover"``: part of every round goes over a grid of ``stride`` seconds, coarse to fine, until no gap is
+* ``explore="cover"``: most of every round goes over a grid of ``stride`` seconds, coarse to fine, until no gap is
   wider. Draws from the upper quarter alone (``explore="percentile"``, the paper's) may miss what lies in long gaps.
 * The kept frames are the best ones with temporal non-maximum suppression, the best frame of every target first; the
   released code draws them at random. A frame with a better one close by counts half, so that the shoulder of one event
   does not push out another event.
-* The search may also stop when it has settled, and does so by default: stopping once every target has been seen once
-  (``stop="verified"``, the paper's) misses where they are seen again.
+* Once the grid is covered, the gaps beside the kept frames and beside every target's best are halved first, so that
+  a search ends on the tops of events and not on their shoulders.
+* The search may also stop when it has settled: the grid is covered, nothing beside the kept frames is left to look at,
+  and those at the threshold (all, if none is) have not changed for some rounds. That is the default, since stopping
+  once every target has been seen (``stop="verified"``, the paper's) misses where they are seen again.
 * Everything is deterministic; ties go to the earlier frame.
 
 What no search can do: an event narrower than the gaps of the grid, without context that raises the score around it, is
@@ -37,19 +40,14 @@ import torch
 from vlm_budget.errors import OptionError, VideoError
 from vlm_budget.search.checks import whole
 
+from .rounds import Look, Rounds
 from .scorers import check_scores
-from .suppression import peaks, spaced
 
 if TYPE_CHECKING:
     from .reader import Video
     from .scorers import FrameScorer
 
-Look = Callable[[Sequence[int]], torch.Tensor]
 Progress = Callable[[int, int], None]
-
-_SHOULDER = 0.5  # what a frame counts with a better one close by
-_ROUND = 0.75
-_COVER = 0.75  # share of a round, and at most of the budget, that goes over the grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +121,7 @@ class Found:
         targets: Per target the visited frame that shows it best, or None where none reached the threshold.
         rounds: Looks that were taken.
         verified: Frames that were looked at a second time, by ``verify``.
-        why: What ended the search: ``"verified"``, ``"settled"`` or ``"budget"``.
+        why: What ended the search: ``"verified"``, ``"settled"`` or ``"budget"`` (spent).
     """
 
     kept: tuple[int, ...]
@@ -182,7 +180,7 @@ def search(
         budget = min(budget, frames)
     else:
         budget = max(min(math.ceil(budget * frames - 1e-9), frames), keep)
-    run = _Search(settings, shown, targets, cues, keep, budget)
+    run = Rounds(settings, shown, targets, cues, keep, budget)
     why = None
     while why is None:
         run.round(look, verify)
@@ -197,7 +195,7 @@ def search(
         visited=tuple(visited.tolist()),
         measured=tuple(run.score[visited].tolist()),
         expected=tuple(run.expected.tolist()),
-        targets=tuple(run.best),
+        targets=tuple(run.best()),
         rounds=run.rounds,
         verified=run.verified,
         why=why,
@@ -248,134 +246,6 @@ def look_from(
         return torch.cat(parts) if parts else torch.zeros(0, len(clues))
 
     return look
-
-
-class _Search:
-    """State of one search: N candidates, of which some have been visited."""
-
-    def __init__(self, how: TStar, times: np.ndarray, targets: int, cues: int, keep: int, budget: int) -> None:
-        count = len(times)
-        self.how, self.times, self.keep, self.budget = how, times, keep, budget
-        self.weights = np.array([how.target_weight] * targets + [how.cue_weight] * cues)
-        self.threshold = float(np.float32(how.threshold))  # confidences are float32
-        self.random = np.random.default_rng(how.seed)
-        self.seen = np.zeros(count, dtype=bool)
-        self.score, self.raised, self.expected = np.zeros(count), np.zeros(count), np.zeros(count)
-        self.best: list[int | None] = [None] * targets
-        self.certain = np.full(targets, -1.0)
-        self.kept: list[int] = []
-        self.shown: frozenset[int] = frozenset()
-        self.rounds = self.verified = self.unchanged = 0
-        self.grid = self._grid()
-
-    def _grid(self) -> list[int]:
-        """Frames of the covering pass, coarse to fine; of the paper's sampler the first round alone."""
-        how, count = self.how, len(self.times)
-        first = min(how.batch, self.budget)
-        cells = first
-        if how.explore == "cover":
-            stride = 2 * how.spread if how.stride is None else how.stride
-            wanted = (self.times[-1] - self.times[0]) / stride if stride else count
-            cells = min(max(math.ceil(min(wanted, count)), first), max(math.floor(_COVER * self.budget), first))
-        middles = self.times[0] + (np.arange(cells) + 0.5) * (self.times[-1] - self.times[0]) / cells
-        after = np.searchsorted(self.times, middles).clip(1, max(count - 1, 1))
-        nearest = np.minimum(after, count - 1)
-        closer = middles - self.times[after - 1] <= self.times[nearest] - middles
-        nearest = np.where(closer, after - 1, nearest)
-        if how.explore == "percentile":
-            return list(dict.fromkeys(nearest.tolist()))
-        bits = max(cells - 1, 1).bit_length()
-        order = sorted(range(cells), key=lambda cell: int(f"{cell:0{bits}b}"[::-1], 2))
-        return list(dict.fromkeys(nearest[order].tolist()))
-
-    def round(self, look: Look, verify: Look | None) -> None:
-        """Draw, look, update."""
-        frames = self._draw()
-        targets = len(self.best)
-        confidences = self._asked(look, frames, len(self.weights))
-        wanted = [target for target in range(targets) if verify is None or self.best[target] is None]
-        hopeful = (confidences[:, wanted] >= self.threshold).any(1)
-        if verify is not None and hopeful.any():
-            confidences[hopeful, :targets] = self._asked(verify, frames[hopeful], targets)
-            self.verified += int(hopeful.sum())
-        for target in wanted:
-            top = int(confidences[:, target].argmax())
-            value = float(confidences[top, target])
-            if value >= self.threshold and value > self.certain[target]:
-                self.best[target], self.certain[target] = int(frames[top]), value
-        self.seen[frames] = True
-        self.score[frames] = (confidences * self.weights).max(1)
-        self._estimate(frames)
-        self.rounds += 1
-        kept = self._choose()
-        strong = frozenset(frame for frame in kept if self.score[frame] >= self.threshold)
-        shown = strong or frozenset(kept)
-        self.unchanged = self.unchanged + 1 if shown == self.shown else 0
-        self.kept, self.shown = kept, shown
-
-    def _asked(self, look: Look, frames: np.ndarray, clues: int) -> np.ndarray:
-        """[frames, clues] float64 confidences."""
-        found = look(frames.tolist())
-        return check_scores(found, (len(frames), clues), "a look").double().numpy()
-
-    def reason_to_stop(self) -> str | None:
-        """Why nothing more is to be done, or None."""
-        if self.how.stop == "verified" and None not in self.best:
-            return "verified"
-        if self.seen.sum() >= self.budget:
-            return "budget"
-        return "settled" if self.unchanged >= self.how.patience and not self.grid else None
-
-    def _draw(self) -> np.ndarray:
-        """Numbers of the next frames to visit, ascending."""
-        room = min(self.how.batch, self.budget - int(self.seen.sum()))
-        share = room if not self.rounds else math.ceil(_ROUND * room)
-        self.grid = [frame for frame in self.grid if not self.seen[frame]]
-        drawn, self.grid = self.grid[:share], self.grid[share:]
-        if len(drawn) < room:
-            drawn = drawn + self._likely(room - len(drawn), drawn)
-        return np.sort(np.array(drawn))
-
-    def _likely(self, wanted: int, taken: list[int]) -> list[int]:
-        """Frames drawn without replacement by their chances, of those at or above the percentile."""
-        free = ~self.seen
-        free[taken] = False
-        frames = np.flatnonzero(free)
-        logits = self.expected / self.how.temperature
-        chances = np.exp(logits - logits.max())
-        chances /= chances.sum()
-        if self.how.explore == "percentile":
-            chances += self.how.batch / len(chances)
-        chances = chances[frames]
-        upper = chances >= np.percentile(chances, self.how.percentile)
-        if upper.sum() >= wanted:
-            frames, chances = frames[upper], chances[upper]
-        # The largest keys of log chance + Gumbel noise are a draw without replacement.
-        keys = np.log(np.maximum(chances, 1e-300)) + self.random.gumbel(size=len(frames))
-        return frames[np.argsort(-keys, kind="stable")[:wanted]].tolist()
-
-    def _estimate(self, frames: np.ndarray) -> None:
-        """Spread the upper quarter of the batch, and interpolate between all visited frames."""
-        scores = self.score[frames]
-        for frame in frames[scores >= np.percentile(scores, self.how.percentile)]:
-            away = np.abs(self.times - self.times[frame])
-            reached = away <= self.how.spread
-            self.raised[reached] = np.maximum(self.raised[reached], self.score[frame] / (away[reached] + 1))
-        visited = np.flatnonzero(self.seen)
-        between = np.interp(self.times, self.times[visited], self.score[visited])
-        self.expected = np.where(self.seen, self.score, np.maximum(between, self.raised))
-
-    def _choose(self) -> list[int]:
-        """The frames to keep of those visited: all candidates where no more are wanted."""
-        if self.keep >= len(self.times):
-            return list(range(len(self.times)))
-        visited = np.flatnonzero(self.seen)
-        times, scores = self.times[visited], self.score[visited]
-        values = scores * np.where(peaks(times, scores, self.how.spread), 1.0, _SHOULDER)
-        sure = [frame for frame in self.best if frame is not None]
-        values[np.searchsorted(visited, sure)] += 1  # the best frame of every target before all others
-        order = np.argsort(-values, kind="stable")
-        return sorted(visited[spaced(times, order, self.keep, self.how.apart)].tolist())
 
 
 def _clock(times: Sequence[float] | None, frames: int) -> np.ndarray:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm_budget.errors import FrameScoreError, OptionError
-from vlm_budget.prompts import build_inputs, image_token
+from vlm_budget.prompts import build_inputs
 
+from .prompting import plain
 from .queries import Query, scorer_question, yes_no
 
 if TYPE_CHECKING:
@@ -110,13 +111,9 @@ class YesNoScorer:
             done: Told how many are answered.
 
         Raises:
-            FrameScoreError: The question holds the token that stands for a picture.
+            OptionError: The question holds a token that stands for pictures.
         """
-        for token in {image_token(self.processor, kind) for kind in ("image", "video")}:
-            if token in question:
-                raise FrameScoreError(
-                    f"the question holds {token!r}, which stands for a picture in this model's prompts"
-                )
+        plain(self.processor, question)
         chances = []
         for start in range(0, len(frames), self.batch):
             part = [[self._small(frame)] for frame in frames[start : start + self.batch]]

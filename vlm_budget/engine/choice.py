@@ -174,9 +174,13 @@ class Chooser:
         """Warn, once each, that a method does without what it could look at."""
         vision = self.request.methods.vision
         seen = [one for row in rows for one in row]
+        several = any(sum(one.item.frames for one in row) > 1 for row in rows)
         unlaid = {
-            "views": vision is not None and vision.reads_views and all(s.xyz is None for s in seen),
-            "frames": vision is not None and vision.reads_frames and all(s.scores is None for s in seen),
+            "views": vision is not None and vision.reads_views and all(one.xyz is None for one in seen),
+            "frames": vision is not None
+            and vision.reads_frames
+            and several
+            and all(one.scores is None for one in seen),
         }
         for name, missing in unlaid.items():
             if missing and name not in self._told:

@@ -27,4 +27,7 @@ class Llava(Family):
 
     def fit(self, base: Model, modality: Modality, item: VisualItem) -> Fit:
         """The middle of the picture, once its short edge is that of the tower (``do_pad`` off, as released)."""
-        return Fit("crop", side=item.partitions[0].rows * base.config.vision_config.patch_size)
+        vision, rows = base.config.vision_config, item.partitions[0].rows
+        whole = rows * vision.patch_size
+        side = vision.image_size if vision.image_size // vision.patch_size == rows else whole
+        return Fit("crop", side, whole / side)

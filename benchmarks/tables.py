@@ -183,6 +183,50 @@ def evaluation(data: dict[str, Any]) -> str:
     )
 
 
+def tstar(data: dict[str, Any]) -> str:
+    """The tables of ``benchmarks/tstar.py``."""
+
+    def row_of(cell: dict[str, Any], method: str, budget: float) -> dict[str, Any]:
+        return next(row for row in cell["rows"] if (row["method"], row["budget"]) == (method, budget))
+
+    def pair(cell: dict[str, Any], method: str, budget: float) -> str:
+        row = row_of(cell, method, budget)
+        return f"{row['recall']:.0%} / {row['shown']:.0%}"
+
+    ways = ("search", "percentile sampler", "equal distances")
+    needles = table(
+        ["needles", *(f"95% recall: {way}" for way in ways), "visited by default", *ways, "all frames"],
+        [
+            [
+                str(cell["needles"]),
+                *("not reached" if share is None else f"{share:.1%}" for share in least.values()),
+                f"{row_of(cell, 'search', 0.15)['visited']:.1%}",
+                *(pair(cell, way, 0.15) for way in ways),
+                pair(cell, "equal distances", 1.0),
+            ]
+            for cell in data["needles"]
+            for least in [cell["visited_for_95_percent_recall"]]
+        ],
+    )
+    budgets = (0.05, 0.1, 0.15)
+    widths = table(
+        ["shoulder", *(f"{way}, {budget:.0%}" for budget in budgets for way in (ways[0], ways[2])), "all frames"],
+        [
+            [
+                f"{cell['shoulder_s']:g} s" if cell["shoulder_s"] else "single frames",
+                *(pair(cell, way, budget) for budget in budgets for way in (ways[0], ways[2])),
+                pair(cell, "equal distances", 1.0),
+            ]
+            for cell in data["shoulders"]
+        ],
+    )
+    note = (
+        f"{data['needles'][0]['curves']} curves a row, {data['frames']:,} frames each, {data['keep']} kept. Found / "
+        f"shown at a budget of 15%, or as said; commit `{(data['environment']['git'] or 'unknown')[:12]}`."
+    )
+    return f"{needles}\n\n{widths}\n\n{note}"
+
+
 def gpu(data: dict[str, Any] | None) -> str:
     """The tables of ``benchmarks/gpu.py``; what has not been measured, all of it without a record, says so."""
     data = data or {"operations": [], "models": [], "machine": None}
@@ -329,6 +373,8 @@ def main() -> None:
     parser.add_argument("--budgets-page", type=Path, default=Path("docs/budgets.md"))
     parser.add_argument("--evaluation-results", type=Path, default=Path("benchmarks/results/evaluation_cpu.json"))
     parser.add_argument("--evaluation-page", type=Path, default=Path("docs/evaluate.md"))
+    parser.add_argument("--tstar-results", type=Path, default=Path("benchmarks/results/tstar_synthetic.json"))
+    parser.add_argument("--tstar-page", type=Path, default=Path("docs/video_search.md"))
     parser.add_argument("--gpu-results", type=Path, default=Path("benchmarks/results/gpu.json"))
     parser.add_argument("--gpu-page", type=Path, default=Path("docs/kernels.md"))
     arguments = parser.parse_args()
@@ -342,6 +388,7 @@ def main() -> None:
         (arguments.budgets_results, arguments.budgets_page, "budgets", budgets),
         (arguments.vit_results, arguments.vit_page, "vit", vit),
         (arguments.evaluation_results, arguments.evaluation_page, "evaluation", evaluation),
+        (arguments.tstar_results, arguments.tstar_page, "tstar", tstar),
     ):
         if results.exists():
             replace_section(page, name, write(json.loads(results.read_text(encoding="utf-8"))))

@@ -176,7 +176,7 @@ def own_time(curves: list[Curve]) -> dict[str, float]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--curves", type=int, default=24, help="per number of needles, and per width")
+    parser.add_argument("--curves", type=int, default=12, help="per number of needles, and per width")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()

@@ -3,9 +3,9 @@
 The file is written first: one minute of 1280 x 720 H.264 at 25 frames a second, with a key frame every ten seconds and
 B-frames, whose packets are copied sixty times behind each other. It is deleted at the end.
 
-``bare`` is what one writes without the reader: open, seek to each time, decode until it has passed, convert. Both run in
-turn, round after round, and must give the same pixels and time stamps, or nothing is reported. Memory is the growth of
-the highest resident size of a process of its own that reads once, libraries imported before.
+``bare`` is what one writes without the reader: open, seek to each time, decode until it has passed, convert. Both run
+in turn, round after round, and must give the same pixels and time stamps, or nothing is reported. Memory is the growth
+of the highest resident size of a process of its own that reads once, libraries imported before.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def peak_mb() -> float:
 
 def memory(path: Path, count: int, form: str) -> float:
     """By how many MB a fresh process grows that reads once."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--grown", form, "--count", str(count), "--file", str(path)]
+    flags = ["--grown", form, "--count", str(count), "--file", str(path)]
+    command = [sys.executable, str(Path(__file__).resolve()), *flags]
     return float(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
 
 

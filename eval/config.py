@@ -154,7 +154,11 @@ class EvalConfig:
     def anchored(self) -> EvalConfig:
         """The same with absolute paths, so that a run can be resumed from any folder."""
         data = {task: place if _on_hub(place) else _absolute(place) for task, place in self.data.items()}
-        return replace(self, data=data, task_folders=tuple(map(_absolute, self.task_folders)))
+        folders, scorer = tuple(map(_absolute, self.task_folders)), self.scorer
+        kind, colon, name = scorer.partition(":")
+        if name and os.path.isdir(os.path.expanduser(name)):
+            scorer = f"{kind}{colon}{_absolute(name)}"
+        return replace(self, data=data, task_folders=folders, scorer=scorer)
 
     def source(self, task: Task) -> Source:
         """Where a task's samples come from.

@@ -37,6 +37,7 @@ FOREIGN = {
     "video": FRAMES,
     "eval": REPORTS,
     "eval/adapters": REPORTS | {"lmms_eval", "loguru", "tqdm", "vlmeval"},  # what the harnesses bring
+    "eval/views/scorer": REPORTS | {"open_clip"},  # its shipped model is open_clip's
     "eval/vit": REPORTS | {"timm"},  # its shipped model is timm's
     "demos": REPORTS | FRAMES | {"gradio"},
 }

@@ -243,8 +243,8 @@ def _place(
         raise GeometryError("views are of pictures; the frames of a video have none. Pass them as pictures.")
     shape = (depth.shape[0], depth.shape[1])
     fit.check(item, size or shape)
-    sums = _Sums(depth, size or shape)
-    cells = torch.cat([sums.cells(grid, fit) for grid in item.partitions])
+    planes = _moments(depth, size or shape)
+    cells = torch.cat([_cells(planes, grid, fit, size or shape) for grid in item.partitions])
     valid, share, moments = cells[:, 0], cells[:, 1], cells[:, 2:]
     # The mean of the points is the point of the mean, for what follows is linear.
     rays = moments / valid[:, None] @ torch.linalg.inv(matrix).T
@@ -255,51 +255,43 @@ def _place(
     return found
 
 
-class _Sums:
-    """Sums over any rectangle of a depth map, parts of pixels included, by its integral image.
+def _moments(depth: torch.Tensor, size: Size) -> torch.Tensor:
+    """[4, h, w] float64 of every pixel of a depth map: 1, u z, v z and z; zeros where it is not known.
 
     Args:
         depth: [h, w].
-        size: Height and width of the picture whose pixels the intrinsics are in.
+        size: Height and width of the picture in whose pixels u and v are.
     """
+    known = depth.isfinite() & (depth > 0)
+    z = depth.where(known, 0.0).double()
+    v, u = (
+        (torch.arange(n, dtype=torch.float64) + 0.5) * (m / n) - 0.5 for n, m in zip(depth.shape, size, strict=True)
+    )
+    return torch.stack([known.double(), z * u, z * v[:, None], z])
 
-    def __init__(self, depth: torch.Tensor, size: Size) -> None:
-        self.size, (height, width) = size, depth.shape
-        self.step = size[0] / height, size[1] / width  # pixels of the picture per pixel of depth
-        known = depth.isfinite() & (depth > 0)
-        z = depth.where(known, 0.0).double()
-        u = (torch.arange(width, dtype=torch.float64) + 0.5) * self.step[1] - 0.5
-        v = (torch.arange(height, dtype=torch.float64) + 0.5) * self.step[0] - 0.5
-        planes = torch.stack([known.double(), z * u, z * v[:, None], z])
-        self.table = torch.zeros(len(planes), height + 1, width + 1, dtype=torch.float64)
-        torch.cumsum(planes.cumsum(1), 2, out=self.table[:, 1:, 1:])
 
-    def cells(self, grid: Partition, fit: Fit) -> torch.Tensor:
-        """[rows * cols, 5]: pixels of known depth, their share of the cell, and the sums of u z, v z and z."""
-        left, top, right, bottom = fit.frame(self.size)
-        x = _edges(left, right, grid.box[0], grid.box[2], grid.cols, fit.covered) / self.step[1]
-        y = _edges(top, bottom, grid.box[1], grid.box[3], grid.rows, fit.covered) / self.step[0]
-        corners = _between(_between(self.table, y, 1), x, 2)
-        sums = corners.diff(dim=1).diff(dim=2).flatten(1).T
-        area = (y.diff()[:, None] * x.diff()).flatten()
-        return torch.cat([sums[:, :1], (sums[:, 0] / area)[:, None], sums[:, 1:]], 1)
+def _cells(planes: torch.Tensor, grid: Partition, fit: Fit, size: Size) -> torch.Tensor:
+    """[rows * cols, 5] of every cell: pixels of known depth, their share of it, and the sums of u z, v z and z."""
+    left, top, right, bottom = fit.frame(size)
+    height, width = planes.shape[1:]
+    x = _edges(left, right, grid.box[0], grid.box[2], grid.cols, fit.covered) * (width / size[1])
+    y = _edges(top, bottom, grid.box[1], grid.box[3], grid.rows, fit.covered) * (height / size[0])
+    # What a cell has of a pixel is what it has of its row times what it has of its column.
+    sums = (_overlaps(y, height) @ planes @ _overlaps(x, width).T).flatten(1).T
+    area = (y.diff()[:, None] * x.diff()).flatten()
+    return torch.cat([sums[:, :1], (sums[:, 0] / area)[:, None], sums[:, 1:]], 1)
+
+
+def _overlaps(edges: torch.Tensor, count: int) -> torch.Tensor:
+    """[cells, count] float64, how much of every pixel of a line lies between two edges."""
+    start = torch.arange(count, dtype=torch.float64)
+    return (torch.minimum(edges[1:, None], start + 1) - torch.maximum(edges[:-1, None], start)).clamp_min(0)
 
 
 def _edges(start: float, stop: float, first: float, last: float, cells: int, covered: float) -> torch.Tensor:
     """[cells + 1] float64, the edges of cells in a stretch from ``first`` to ``last`` of that from start to stop."""
     places = first + (last - first) * covered * torch.arange(cells + 1, dtype=torch.float64) / cells
     return start + (stop - start) * places
-
-
-def _between(table: torch.Tensor, places: torch.Tensor, axis: int) -> torch.Tensor:
-    """Entries of a cumulated table at places between its own; outside, those at its ends."""
-    places = places.clamp(0, table.shape[axis] - 1)
-    below = places.floor().long().clamp_max(table.shape[axis] - 2)
-    shape = [1, 1, 1]
-    shape[axis] = len(places)
-    return torch.lerp(
-        table.index_select(axis, below), table.index_select(axis, below + 1), (places - below).reshape(shape)
-    )
 
 
 def _in_token_order(item: VisualItem, table: torch.Tensor) -> torch.Tensor:

@@ -314,11 +314,7 @@ class Pruner:
         return self._select_used_rows(ctx, separators, k, available)
 
     def select_prompt(self, contexts: Sequence[Context], k: int) -> Selection:
-        """Choose exactly ``k`` tokens of a prompt's items laid end to end, ascending.
-
-        Raises:
-            SelectionError: :meth:`pick_prompt` broke its promise.
-        """
+        """Exactly ``k`` tokens of a prompt's items laid end to end, ascending; else a SelectionError."""
         selection = self.pick_prompt(contexts, k)
         sizes, width = [ctx.item.size for ctx in contexts], contexts[0].features.shape[-1]
         if fault := _broken_counts(selection, k, sum(sizes), width):

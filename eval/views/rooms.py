@@ -179,8 +179,8 @@ def ask(scene: RoomScene, rng: np.random.Generator, n: int) -> tuple[Question, .
     """Draw ``n`` questions about a room, the forms in turn."""
     things = scene.room.things
     colors = [thing.color for thing in things]
-    partners = {index: partner(things, index) for index in range(len(things))}
-    partners = {index: other for index, other in partners.items() if other is not None}
+    nearby = [(index, partner(things, index)) for index in range(len(things))]
+    partners = {index: other for index, other in nearby if other is not None}
 
     def color() -> Question:
         index = int(rng.integers(len(things)))

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from transformers import LlavaOnevisionForConditionalGeneration
 
 _STAGE_NUMBER = {"vision": 1, "language": 2}
-_STEP_STREAM, _ORDER_STREAM = range(2)
+_STEP_STREAM, _ORDER_STREAM, _SHARD_STREAM = range(3)
+_GROWTH = 6
 _EMPTY_WEIGHT = 0.3
 _EMPTY_SHARE = 0.15
 _PAIRS = slice(len(KINDS) + len(COLORS), SUMMARY)
@@ -51,7 +52,9 @@ class StageConfig:
         steps: optimizer steps.
         batch: pictures per step (vision, half of rooms and half of clips), scenes per step (language).
         lr: peak learning rate; warm-up, then cosine to zero.
-        shards: different shards of each task, used in turn.
+        shards: different shards of each task.
+        ready: shards that are drawn from at the beginning; every sixth time a shard is due, one more is added, up to
+            all, so that a renderer beside the training keeps up with it.
         questions: questions per scene (language).
         bf16: bfloat16 autocast (the tower, of many small matrices, gets slower by it).
     """
@@ -60,8 +63,13 @@ class StageConfig:
     batch: int
     lr: float = 1.5e-3
     shards: int = 40
+    ready: int = 12
     questions: int = 12
     bf16: bool = False
+
+    def pool(self, visit: int) -> int:
+        """Shards to draw from at visit ``visit``."""
+        return min(self.shards, self.ready + visit // _GROWTH)
 
 
 class Stage:
@@ -86,6 +94,10 @@ class Stage:
     def rng(self, stream: int, *index: int) -> np.random.Generator:
         """Generator of one step or one order, the same after a restart."""
         return np.random.default_rng([self.seed, _STAGE_NUMBER[self.name], stream, *index])
+
+    def shard_of(self, task: str, visit: int) -> int:
+        """Which shard is used at visit ``visit``."""
+        return int(self.rng(_SHARD_STREAM, TASKS.index(task), visit).integers(self.config.pool(visit)))
 
     def step_loss(self, step: int) -> Tensor:
         """Loss of step ``step``."""
@@ -123,7 +135,7 @@ class VisionStage(Stage):
         """Pictures and labels of one shard of each task in random order, most pictures of nothing left out."""
         self._pictures = []
         for number, task in enumerate(TASKS):
-            shard = self.shelf.get(task, visit % self.config.shards)
+            shard = self.shelf.get(task, self.shard_of(task, visit))
             pixels, kinds, colors = (x.reshape(-1, *x.shape[2:]) for x in (shard.pixels, shard.kinds, shard.colors))
             rng = self.rng(_ORDER_STREAM, visit, number)
             shown = (kinds != NO_KIND).any(1) | (rng.random(len(kinds)) < _EMPTY_SHARE)
@@ -200,7 +212,7 @@ class LanguageStage(Stage):
         task, turn, batch = TASKS[step % len(TASKS)], step // len(TASKS), self.config.batch
         per_visit = self.shelf.scenes // batch
         visit, place = divmod(turn, per_visit)
-        features, tokens = self._shard(task, visit % self.config.shards)
+        features, tokens = self._shard(task, self.shard_of(task, visit))
         order = self.rng(_ORDER_STREAM, TASKS.index(task), visit).permutation(len(features))
         scenes = torch.from_numpy(order[place * batch : (place + 1) * batch])
         rng = self.rng(_STEP_STREAM, step)

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
 import synthetic_items as make
+import tiny_models
+import vlm_budget
 from pretend_device import PretendDevice
+from tiny_parts import VIDEO
 from vlm_budget import Budget
 from vlm_budget.errors import BudgetError, FrameScoreError, InfeasibleBudgetError, OptionError
 from vlm_budget.frames import allocate_frames
@@ -326,6 +329,40 @@ def test_a_floor_is_met_as_far_as_the_models_own_tokens_go() -> None:
 def test_scores_of_other_frames_are_refused() -> None:
     with pytest.raises(FrameScoreError, match="2 scores were laid beside 3 frames"):
         QuoTA().select_prompt([context(make.frames(3, 2, 2), [1.0, 2.0])], 4)
+
+
+# --- in a model -------------------------------------------------------------------------------------------------------
+
+
+def test_the_language_model_gets_frames_resampled_from_what_the_projector_returned() -> None:
+    """LLaVA-OneVision, a picture and a video of three frames that it pools from 36 tokens to 9."""
+    tiny = tiny_models.build("llava_onevision_video")
+    inputs, scores = tiny_models.row_inputs(tiny, 0), [0.25, 0.875, 0.125]
+    projected: list[torch.Tensor] = []
+    entered: list[torch.Tensor] = []
+    with vlm_budget.patch(tiny.model, "quota", 0.5) as handle, torch.no_grad():
+        handle.frames([scores])
+        base = tiny.model.model
+        hooks = [
+            base.multi_modal_projector.register_forward_hook(lambda _module, _args, output: projected.append(output)),
+            base.language_model.register_forward_pre_hook(
+                lambda _module, _args, given: entered.append(given["inputs_embeds"]), with_kwargs=True
+            ),
+        ]
+        tiny.model(**inputs)
+        for hook in hooks:
+            hook.remove()
+        picture, video = handle.kept()
+    frames = next(output for output in projected if output.shape[:2] == (3, 36))
+    shares = allocate_frames(scores, len(video.positions), caps=36, separators=1)
+    assert shares[1] > 9 and len(picture.positions) > 0
+    want = [resampled(frames[index], 6, 6, share, "bilinear") for index, share in enumerate(shares) if share]
+    ids = inputs["input_ids"][0]
+    text_behind = int((ids == VIDEO).nonzero()[-1])
+    stop = entered[0].shape[1] - (len(ids) - 1 - text_behind)
+    found = entered[0][0, stop - len(video.positions) : stop]
+    torch.testing.assert_close(found[:-1], torch.cat(want))
+    torch.testing.assert_close(found[-1], base.image_newline)
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import synthetic_items as make
+from pretend_device import PretendDevice
 from vlm_budget.errors import BudgetError, OptionError
 from vlm_budget.geometry import token_coordinates
 from vlm_budget.layout import VisualItem
@@ -269,6 +270,24 @@ def test_scores_of_pictures_of_different_sizes_are_compared_by_their_means() -> 
     attention[37] *= 2
     flat[1] = replace(flat[1], attention={NEED: [attention]})
     assert SeGPruner(saliency_ratio=1).select_prompt(flat, 1).keep.tolist() == [4 + 37]
+
+
+def test_the_host_waits_for_nothing_wherever_tokens_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a choice is made, the device alone knows which tokens are left; the references may wait, kernels do not."""
+    monkeypatch.setenv("VLM_BUDGET_KERNELS", "reference")
+    generator = torch.Generator().manual_seed(0)
+    features, scores = torch.randn(30, 8, generator=generator), torch.rand(30, generator=generator)
+    xyz = torch.randn(30, 3, generator=generator)
+    somewhere = torch.rand(30, generator=generator) < 0.5
+    places = [None, xyz, xyz.where(somewhere[:, None], math.nan), torch.full_like(xyz, math.nan)]
+    expected = [choose(features, scores, known, k, 0.3, 0.5) for known in places for k in (5, 12, 28)]
+    with torch.no_grad(), PretendDevice(("vlm_budget", __name__)) as device:
+        features, scores = features.to("cuda"), scores.to("cuda")
+        with device.watch() as found:
+            chosen = [choose(features, scores, known, k, 0.3, 0.5) for known in places for k in (5, 12, 28)]
+        waits = [wait for wait in found if not wait.by.reference]
+        assert not waits, waits
+        assert all(torch.equal(mine.cpu(), theirs) for mine, theirs in zip(chosen, expected, strict=True))
 
 
 # --- counts, separators, options -------------------------------------------------------------------------------------

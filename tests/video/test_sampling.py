@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from vlm_budget.errors import OptionError, VideoError
 from vlm_budget.video.frames import dynamic_frames, spread_times
 

@@ -20,7 +20,6 @@ from vlm_budget.errors import UnsupportedModelError
 from vlm_budget.frames import allocate_frames
 from vlm_budget.models import find_family, layout_of
 from vlm_budget.prompts import encode_prompts
-from vlm_budget.registry import PRUNERS
 from vlm_budget.report import Report
 
 from .pixels import fit_grids, native_grid, own_grids, pixel_inputs
@@ -38,13 +37,13 @@ class Asked:
         question: The question.
         duration: Seconds of the video, told with the frames' times; None to tell neither.
         max_new_tokens: Longest answer.
-        options: Fields of the method ``quota``.
+        quota: The method that gives frames their tokens.
     """
 
     question: str
     duration: float | None
     max_new_tokens: int
-    options: dict[str, Any]
+    quota: Any
 
     def times(self, frames: Sequence[Frame]) -> list[float]:
         """What the prompt says of the frames' times."""
@@ -98,18 +97,17 @@ def answer_frames(
         BudgetError: The frames cannot meet the budget.
         UnsupportedModelError: No family knows the model, or its frames cannot be told apart.
     """
-    quota = PRUNERS.get("quota")(**asked.options)
+    quota = asked.quota
     resize = own_grids(processor)
     with stage("prepare"):
         find_family(model)
         prepare = _resized if resize else _resampled
-        ready = prepare(model, processor, frames, weights, spend, asked, quota)
+        ready = prepare(model, processor, frames, weights, spend, asked)
     with stage("answer"):
         # At 100 % a patch changes nothing; it only reports.
         within = Budget(1.0) if resize else Budget(ready.budget, "tokens", relative=False)
         with patch(model, quota, within) as handle, torch.inference_mode():
-            if not resize:
-                handle.frames(ready.weights, of=ready.modality)
+            handle.frames(ready.weights, of=ready.modality)
             ids = model.generate(**ready.inputs, max_new_tokens=asked.max_new_tokens, do_sample=False)
             report = handle.report()
     new = ids[0, ready.inputs["input_ids"].shape[1] :]
@@ -120,11 +118,11 @@ def answer_frames(
 
 @dataclass(frozen=True)
 class _Ready:
-    """A prompt's inputs; ``tokens`` of every frame, ``weights`` of those that are given to the model."""
+    """A prompt's inputs; ``tokens`` of every frame, ``weights`` of those that are given to the model, per video."""
 
     inputs: Any
     tokens: list[int]
-    weights: list[float]
+    weights: list[Any]
     modality: Any
     budget: int
     dense: int
@@ -141,7 +139,6 @@ def _resized(
     weights: Sequence[float],
     spend: Budget,
     asked: Asked,
-    quota: Any,
 ) -> _Ready:
     sizes: dict[tuple[int, int], int] = {}
     for frame in frames:
@@ -150,7 +147,7 @@ def _resized(
             sizes[frame.image.size] = rows * cols
     caps = [sizes[frame.image.size] for frame in frames]
     budget = spend.tokens(sum(caps))
-    counts = allocate_frames(weights, budget, caps=caps, power=quota.power, floor=quota.floor)
+    counts = allocate_frames(weights, budget, caps=caps, power=asked.quota.power, floor=asked.quota.floor)
     shown = [index for index, count in enumerate(counts) if count]
     given = [frames[index] for index in shown]
     fitted = fit_grids([counts[index] for index in shown], [frame.image.size for frame in given])
@@ -160,7 +157,9 @@ def _resized(
     for index, count in zip(shown, fitted.tokens, strict=True):
         tokens[index] = count
     prompt = processor.tokenizer.decode(inputs["input_ids"][0])
-    return _Ready(inputs, tokens, [weights[index] for index in shown], None, budget, sum(caps), prompt)
+    modality = "video" if "video_grid_thw" in inputs else "image"
+    given_weights = [[weights[index]] if modality == "video" else weights[index] for index in shown]
+    return _Ready(inputs, tokens, given_weights, modality, budget, sum(caps), prompt)
 
 
 # --- resampled behind the tower --------------------------------------------------------------------------------------
@@ -203,14 +202,13 @@ def _resampled(
     weights: Sequence[float],
     spend: Budget,
     asked: Asked,
-    quota: Any,
 ) -> _Ready:
-    grid = _grid(model, processor, frames[0], asked.question, quota)
+    grid = _grid(model, processor, frames[0], asked)
     dense = grid.dense(len(frames))
     budget = spend.tokens(dense)
     given = list(range(len(frames)))
     while True:
-        shares = grid.share([weights[index] for index in given], budget, quota)
+        shares = grid.share([weights[index] for index in given], budget, asked.quota)
         told = [index for index, count in zip(given, shares, strict=True) if count]
         if len(told) == len(given) or budget > grid.dense(len(told)):
             break  # the rest has to stand in the prompt, since those told of have no room for the budget
@@ -241,14 +239,14 @@ def takes_videos(processor: Any) -> bool:
     return getattr(processor, "video_processor", None) is not None
 
 
-def _grid(model: Any, processor: Any, frame: Frame, question: str, quota: Any) -> _Grid:
+def _grid(model: Any, processor: Any, frame: Frame, asked: Asked) -> _Grid:
     """What a frame is to the model, found from a prompt with two of them.
 
     Raises:
         UnsupportedModelError: The model does not keep the two apart.
     """
     _, base, family = find_family(model)
-    items = _items(model, processor, [frame, frame], question)
+    items = _items(model, processor, [frame, frame], asked.question)
     sizes = [size for item in items for size in item.shown] if len(items) == 1 else [len(i.candidates) for i in items]
     if len(sizes) != 2 or sizes[0] != sizes[1]:
         raise UnsupportedModelError(
@@ -256,7 +254,7 @@ def _grid(model: Any, processor: Any, frame: Frame, question: str, quota: Any) -
             "given tokens of its own"
         )
     modality = items[0].modality
-    finer = family.unpooled(base, modality) if quota.unpooled and modality == "video" else None
+    finer = family.unpooled(base, modality) if asked.quota.unpooled and modality == "video" else None
     vision = base.config.vision_config
     cap = sizes[0] if finer is None else (vision.image_size // vision.patch_size) ** 2
     return _Grid(modality, sizes[0], cap, len(items[0].separators))
@@ -264,5 +262,5 @@ def _grid(model: Any, processor: Any, frame: Frame, question: str, quota: Any) -
 
 def _items(model: Any, processor: Any, frames: Sequence[Frame], question: str) -> Any:
     _, base, family = find_family(model)
-    inputs, _ = _encoded(processor, frames, frames, Asked(question, None, 1, {}), model)
+    inputs, _ = _encoded(processor, frames, frames, Asked(question, None, 1, None), model)
     return layout_of(base, family, dict(inputs)).rows[0]

@@ -43,6 +43,11 @@ class Decoder:
         MissingExtraError: PyAV is not installed.
     """
 
+    _shown: Any  # the frame shown last, and the one that follows it
+    _coming: Any
+    _key: float | None  # when the last key frame came by
+    _left_out: int | None  # the latest packet of which a frame may have been left out
+
     def __init__(self, path: Path, name: str, strict: bool = False) -> None:
         self.path, self.name, self.strict = path, name, strict
         self.closed = False
@@ -63,8 +68,10 @@ class Decoder:
             raise VideoError(f"video {self.name} is damaged, or no video that PyAV reads: {error}") from error
         for stream in container.streams.video:
             if not _is_cover(stream):
+                if stream.codec_context is None:
+                    container.close()
+                    raise VideoError(f"this PyAV has no decoder for video {self.name}; encode it anew, as H.264")
                 stream.thread_type = "AUTO"
-                self._skims = False
                 return container, stream
         container.close()
         raise VideoError(f"{self.name} holds no video stream: it may be sound alone. Pass a file with pictures")
@@ -78,6 +85,8 @@ class Decoder:
         self.rate = float(stream.average_rate or 0)
         self.bad: set[int | None] = set()
         self.behind = self.cut_off = False
+        self._skims = False  # how the decoder is set now
+        self._marked = stream.codec_context.name in _MARKED
         self._aim: int | None = None  # ticks up to which frames may be left out that no other refers to
         self._reach = _SEEK  # seconds that are sooner decoded than jumped over
         self._zero = stream.start_time
@@ -95,10 +104,7 @@ class Decoder:
 
     def _start(self) -> None:
         """Forget everything about where the decoder stands."""
-        self._shown: Any = None
-        self._coming: Any = None
-        self._key: float | None = None  # time of the last key frame that came by
-        self._left_out: int | None = None  # the latest packet of which a frame may have been left out
+        self._shown = self._coming = self._key = self._left_out = None
 
     def close(self) -> None:
         """Close the file."""
@@ -128,13 +134,16 @@ class Decoder:
         Raises:
             VideoError: The video has ended before; in strict mode also: cut off, or damaged where it was read.
         """
+        if time > 2 * self.duration + 60:  # not worth looking whether it goes on for longer than it tells
+            raise self._over(time, self.duration)
         wanted = time + self._slack
-        self._aim = self._in_ticks(time - _NEAR) if self._stream.codec_context.name in _MARKED else None
+        self._aim = self._in_ticks(time - _NEAR) if self._marked else None
         if (self._shown is not None and wanted < self.time(self._shown)) or self._should_jump(wanted):
             self._jump(wanted)
         self._forward(wanted)
-        if self._left_out is not None and self._stamp(self._shown) <= self._left_out:  # it may be one that was left out
-            self._aim = None
+        if self._left_out is not None and self._stamp(self._shown) <= self._left_out:
+            # The wanted one may have been left out: frames of this video are held for long, or it ends here.
+            self._marked, self._aim = False, None
             self._jump(wanted)
             self._forward(wanted)
         self.behind = self._coming is None and self._ended_before(time)
@@ -157,20 +166,21 @@ class Decoder:
 
     def _ended_before(self, time: float) -> bool:
         last = self.time(self._shown)
-        own = float((self._shown.duration or 0) * self._tick)
+        own = float((getattr(self._shown, "duration", 0) or 0) * self._tick)
         end = last + max(own, 1 / self.rate if self.rate else 0.0) + self.loose
         if time <= end:
             return False
         if time > self.duration + self.loose:
-            raise VideoError(
-                f"video {self.name} lasts {max(self.duration, last + own):.2f} s: it shows nothing at {time:g} s"
-            )
+            raise self._over(time, max(self.duration, last + own))
         self.cut_off = True
         if self.strict:
             raise VideoError(
                 f"video {self.name} is cut off: its frames end at {last:.2f} s, one of {time:.2f} s is wanted"
             )
         return True
+
+    def _over(self, time: float, end: float) -> VideoError:
+        return VideoError(f"video {self.name} lasts {end:.2f} s: it shows nothing at {time:g} s")
 
     def _should_jump(self, wanted: float) -> bool:
         if self._coming is None or wanted - self.time(self._coming) <= self._reach:
@@ -216,6 +226,7 @@ class Decoder:
     def _reopen(self) -> None:
         self._container.close()
         self._container, self._stream = self._opened()
+        self._skims = False
 
     def _key_before(self, time: float) -> float:
         """When the key frame is shown to which a jump would lead; -inf where that cannot be told."""
@@ -271,7 +282,7 @@ class Decoder:
         """Let the decoder leave out what no other frame refers to, far before the wanted time."""
         far = self._aim is not None and packet is not None and packet.pts is not None and packet.pts < self._aim
         if far:
-            self._left_out = max(packet.pts, self._left_out or packet.pts)
+            self._left_out = packet.pts if self._left_out is None else max(packet.pts, self._left_out)
         if far != self._skims:
             self._stream.codec_context.skip_frame = "NONREF" if far else "DEFAULT"
             self._skims = far
@@ -329,8 +340,8 @@ def _pyav() -> Any:
 
 
 def _is_cover(stream: Any) -> bool:
-    """A picture of an album's cover, which sound files carry as a video stream of one frame."""
-    return bool(getattr(stream.disposition, "value", 0) & 0x400)
+    """A picture of an album's cover, which sound files carry as a video stream of one frame; the oldest PyAV do not tell."""
+    return bool(getattr(getattr(stream, "disposition", None), "value", 0) & 0x400)
 
 
 def _require_size(stream: Any, name: str) -> None:

@@ -154,6 +154,24 @@ def yes_no(asked: str) -> str:
     return f"{asked}\nA. yes\nB. no\nAnswer with the letter alone."
 
 
+def given_clues(entries: Sequence[str]) -> tuple[str, ...]:
+    """Things to look for that a user named.
+
+    Raises:
+        OptionError: One is empty, too long, no plain text, or there are too many.
+    """
+    for entry in entries:
+        clues, _ = _clean([entry])
+        if not clues:
+            raise OptionError(
+                f"{entry!r:.80} is nothing to look for: name it in 1 to {LONGEST_CLUE} characters, without brackets"
+            )
+    clues, left = _clean(entries)
+    if left:
+        raise OptionError(f"at most {MOST_CLUES} things can be looked for, got {len(entries)}")
+    return clues
+
+
 # --- reading what the model wrote ------------------------------------------------------------------------------------
 
 _STEP_ONE = re.compile(r"step\s{0,3}1[^a-z0-9]{0,8}(yes|no)\b", re.IGNORECASE)

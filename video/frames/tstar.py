@@ -225,10 +225,10 @@ def look_from(
         VideoError: From the look: the reader gave fewer frames than it was asked for.
         FrameScoreError: From the look: the scorer gave another shape.
     """
-    clues, done = list(clues), 0
     whole("batch", batch, 1)
-    if not clues:
-        raise OptionError("a look needs at least one clue to score frames by")
+    if isinstance(clues, str) or not clues:
+        raise OptionError(f"a look needs a list of clues to score frames by, got {clues!r}")
+    clues, done = list(clues), 0
 
     def look(indices: Sequence[int]) -> torch.Tensor:
         nonlocal done
@@ -252,7 +252,10 @@ def _clock(times: Sequence[float] | None, frames: int) -> np.ndarray:
     """[frames] float64 seconds."""
     if times is None:
         return np.arange(frames, dtype=np.float64)
-    clock = np.asarray(times, dtype=np.float64)
+    try:
+        clock = np.asarray(times, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"times of candidates must be numbers of seconds: {error}") from error
     if clock.shape != (frames,):
         raise OptionError(f"{frames} candidates need as many times, got shape {clock.shape}")
     if not np.isfinite(clock).all() or (np.diff(clock) <= 0).any():

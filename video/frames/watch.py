@@ -18,6 +18,7 @@ import torch
 from vlm_budget.budget import Budget
 from vlm_budget.errors import OptionError, VideoError
 from vlm_budget.prompts import build_inputs
+from vlm_budget.registry import PRUNERS
 
 from .answering import Asked, answer_frames
 from .queries import Kind, Query, as_query, decouple
@@ -29,6 +30,7 @@ from .tstar import TStar, look_from, search
 if TYPE_CHECKING:
     from PIL import Image
 
+    from vlm_budget.pruner import Pruner
     from vlm_budget.report import Report
 
 How = Literal["quota", "tstar", "uniform"]
@@ -120,7 +122,7 @@ def watch(
     tell_times: bool = True,
     max_pixels: int = MAX_PIXELS,
     max_new_tokens: int = 64,
-    options: dict[str, Any] | None = None,
+    quota: Pruner | None = None,
     search_settings: TStar | None = None,
     progress: Progress | None = None,
 ) -> Watched:
@@ -144,7 +146,7 @@ def watch(
         tell_times: Write into the prompt when the frames are shown.
         max_pixels: Larger frames of a file are scaled down when they are read.
         max_new_tokens: Longest answer.
-        options: Fields of the method ``"quota"``, such as ``power`` or ``assigner``.
+        quota: The method that gives frames their tokens, where it is to be set up otherwise than by default.
         search_settings: Of ``"tstar"``.
         progress: Told what comes next.
 
@@ -155,9 +157,7 @@ def watch(
         FrameScoreError: Scores that cannot be those of the frames.
         UnsupportedModelError: No family knows the model, or its frames cannot be told apart.
     """
-    _check(method, scorer, frames)
-    query, spend = as_query(question), Budget.parse(budget)
-    spend.require_token_unit()
+    query, spend = check_request(question, method, budget, scorer, frames)
     clock = _Clock(progress)
     with clock.stage("load"):
         judge = _scorer(scorer, str(model.device))
@@ -169,7 +169,7 @@ def watch(
         seen = look(video, query, judge, frames, clock, search_settings)
         duration = video.duration
     weights = list(seen.scores) if method == "quota" and seen.scores is not None else [1.0] * len(seen.shown)
-    asked = Asked(query.text, duration if tell_times else None, max_new_tokens, options or {})
+    asked = Asked(query.text, duration if tell_times else None, max_new_tokens, quota or PRUNERS.get("quota")())
     answered = answer_frames(model, processor, seen.shown, weights, spend, asked, clock.stage)
     tokens = [0] * len(seen.times)
     for place, count in zip(seen.places, answered.tokens, strict=True):
@@ -329,12 +329,21 @@ def _frame(number: int, one: Frame | Image.Image) -> Frame:
 # --- checks and clocks -----------------------------------------------------------------------------------------------
 
 
-def _check(method: str, scorer: Any, frames: int | None) -> None:
-    """Refuse what no video could meet.
+def check_request(
+    question: str | Query,
+    method: str = "quota",
+    budget: Budget | str | float = BUDGET,
+    scorer: Any = None,
+    frames: int | None = None,
+) -> tuple[Query, Budget]:
+    """Refuse what no video could meet; arguments as of :func:`watch`.
 
     Raises:
-        OptionError: No such method, a scorer missing or not wanted, or frames below 1.
+        OptionError: No usable question, no such method, a scorer missing or not wanted, or frames below 1.
+        BudgetError: No budget, or one that is not of tokens.
     """
+    query, spend = as_query(question), Budget.parse(budget)
+    spend.require_token_unit()
     if method not in HOW:
         raise OptionError(f"a video is watched by one of {', '.join(HOW)}, got {method!r}")
     if frames is not None:
@@ -345,6 +354,7 @@ def _check(method: str, scorer: Any, frames: int | None) -> None:
         raise OptionError(f"{method!r} needs a scorer: 'clip:NAME_OR_FOLDER', 'vlm:NAME_OR_FOLDER', or one in Python")
     if method == "tstar" and not isinstance(scorer, str) and not hasattr(scorer, "score"):
         raise OptionError("'tstar' scores frames of its own choice, so it takes a scorer, not scores")
+    return query, spend
 
 
 def _scorer(scorer: Any, device: str) -> FrameScorer | None:

@@ -159,7 +159,7 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-def check_out(path: Path) -> None:
+def check_out(path: Path, option: str = "--out") -> None:
     """Refuse, before any work is done, a place where no picture can be written.
 
     Raises:
@@ -168,8 +168,10 @@ def check_out(path: Path) -> None:
     from PIL import Image
 
     if path.is_dir():
-        raise OptionError(f"--out {str(path)!r} is a directory; name a file in it, such as kept.png")
+        raise OptionError(f"{option} {str(path)!r} is a directory; name a file in it, such as kept.png")
     if not path.absolute().parent.is_dir():
-        raise OptionError(f"--out {str(path)!r}: there is no folder {str(path.parent)!r}")
+        raise OptionError(f"{option} {str(path)!r}: there is no folder {str(path.parent)!r}")
     if path.suffix.lower() not in Image.registered_extensions():
-        raise OptionError(f"--out {str(path)!r}: Pillow writes no {path.suffix or 'files without an ending'}; try .png")
+        raise OptionError(
+            f"{option} {str(path)!r}: Pillow writes no {path.suffix or 'files without an ending'}; try .png"
+        )

@@ -46,6 +46,18 @@ def steps(console: Console, total: int) -> Iterator[Callable[[str], None]]:
         yield step
 
 
+@contextmanager
+def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over frames, again and again.
+
+    Yields:
+        Call it with what is done to them, how many are done, and of how many (0: not known).
+    """
+    with _bar(console, by_itself=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda name, done, total: progress.update(task, description=name, completed=done, total=total or None)
+
+
 class Runs:
     """A bar over runs of a model. No thread redraws it, since one would cost the measured run its core."""
 

@@ -15,6 +15,7 @@ from .demo import demo
 from .explain import explain
 from .run import run
 from .search import search
+from .video import video
 
 _EVAL = "vlm_budget.eval.cli"
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo)
 app.command("run")(run)
+app.command("video")(video)
 app.command("calibrate")(calibrate)
 app.command("search")(search)
 app.command("autotune")(autotune)

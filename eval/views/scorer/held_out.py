@@ -1,8 +1,8 @@
 """How well the scorer finds events in clips, and things in rooms, that it has never seen.
 
 A frame counts as positive for a text where it belongs to an event of which the text is true (rooms: where the thing
-covers 25 pixels). Texts are scored one by one over the frames of all clips (`Share` of them all: AUC, calibration), and
-questions each within its own clip, as a frame budget reads them.
+covers 25 pixels). Texts are judged one by one over the frames of all clips, questions each within its own clip, as a
+frame budget reads them.
 """
 
 from __future__ import annotations

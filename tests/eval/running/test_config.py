@@ -35,6 +35,7 @@ device: cpu
 dtype: float32
 share_encoding: no
 pictures: 0
+scorer: clip:./scorer
 """
 LEAST: dict[str, Any] = {"model": "nano", "tasks": ["nano_count"]}
 
@@ -58,6 +59,7 @@ def test_a_file_says_every_field(tmp_path: Path) -> None:
         dtype="float32",
         share_encoding=False,
         pictures=0,
+        scorer="clip:./scorer",
     )
     default = EvalConfig(**LEAST)
     assert [one.name for one in fields(found) if getattr(found, one.name) == getattr(default, one.name)] == []

@@ -228,6 +228,14 @@ def test_a_run_scores_frames_with_the_scorer_it_names(loaded: Loaded, tmp_path: 
     assert run.manifest["config"]["scorer"] == config.scorer
 
 
+def test_a_scorer_in_a_folder_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for named, wanted in (("clip:mine", f"clip:{tmp_path / 'mine'}"), ("clip:ViT-B-16-SigLIP/webli", None), ("", None)):
+        config = EvalConfig.of({"model": "nano", "tasks": "nano", "scorer": named})
+        assert config.anchored().scorer == (wanted or named)
+
+
 def test_a_scorer_is_named_in_words() -> None:
     with pytest.raises(OptionError, match="scorer must be text, got 3"):
         EvalConfig.of({"model": "nano", "tasks": "nano", "scorer": 3})

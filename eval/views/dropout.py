@@ -92,9 +92,7 @@ class RandomBudget:
         prefix = PREFIX[task](model, features)
         return Drawn(prefix.keep(self._slots(task, prefix, features.shape[1], keeps, generator), renumbers), "dropped")
 
-    def _slots(
-        self, task: str, prefix: Prefix, pictures: int, separators: bool, generator: torch.Generator
-    ) -> Tensor:
+    def _slots(self, task: str, prefix: Prefix, pictures: int, separators: bool, generator: torch.Generator) -> Tensor:
         """Kept slots of a whole prefix, ``[B, k]``, increasing."""
         patch, newline = slots_of(task, pictures)
         share = self.min_keep ** torch.rand((), generator=generator).item()

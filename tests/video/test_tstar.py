@@ -57,7 +57,7 @@ class Looks:
 def test_needles_in_ten_thousand_frames_are_found_with_fifteen_percent_of_the_looks(
     benchmark: ModuleType, needles: int
 ) -> None:
-    curves = [benchmark.curve(77_000 + 10 * needles + number, needles) for number in range(6)]
+    curves = [benchmark.curve(77_000 + 10 * needles + number, needles) for number in range(10)]
     found = [benchmark.run(curve, TStar()) for curve in curves]
     recall = sum(curve.recall(one.kept) for curve, one in zip(curves, found, strict=True)) / len(curves)
     assert recall >= 0.95
@@ -65,7 +65,7 @@ def test_needles_in_ten_thousand_frames_are_found_with_fifteen_percent_of_the_lo
 
 
 def test_single_frames_without_context_are_found_only_as_often_as_they_are_looked_at(benchmark: ModuleType) -> None:
-    curves = [benchmark.curve(78_000 + number, 5, shoulder=0.0) for number in range(6)]
+    curves = [benchmark.curve(78_000 + number, 5, shoulder=0.0) for number in range(10)]
     found = [benchmark.run(curve, TStar()) for curve in curves]
     for curve, one in zip(curves, found, strict=True):
         looked_at = {middle for middle, _, _ in curve.needles} & set(one.visited)

@@ -100,7 +100,6 @@ def answer_frames(
     quota = asked.quota
     resize = own_grids(processor)
     with stage("prepare"):
-        find_family(model)
         prepare = _resized if resize else _resampled
         ready = prepare(model, processor, frames, weights, spend, asked)
     with stage("answer"):
@@ -150,7 +149,7 @@ def _resized(
     counts = allocate_frames(weights, budget, caps=caps, power=asked.quota.power, floor=asked.quota.floor)
     shown = [index for index, count in enumerate(counts) if count]
     given = [frames[index] for index in shown]
-    fitted = fit_grids([counts[index] for index in shown], [frame.image.size for frame in given])
+    fitted = fit_grids([counts[index] for index in shown], [frame.image.size for frame in given], cap=max(caps))
     pictures, times = [frame.image for frame in given], asked.times(given)
     inputs = pixel_inputs(processor, asked.question, pictures, fitted.grids, model, times)
     tokens = [0] * len(frames)
@@ -250,8 +249,8 @@ def _grid(model: Any, processor: Any, frame: Frame, asked: Asked) -> _Grid:
     sizes = [size for item in items for size in item.shown] if len(items) == 1 else [len(i.candidates) for i in items]
     if len(sizes) != 2 or sizes[0] != sizes[1]:
         raise UnsupportedModelError(
-            f"{type(model).__name__} makes {len(items)} item(s) of {sizes} tokens of two equal frames, so neither can be "
-            "given tokens of its own"
+            f"{type(model).__name__} makes {len(items)} item(s) of {sizes} tokens of two equal frames, so neither "
+            "can be given tokens of its own"
         )
     modality = items[0].modality
     finer = family.unpooled(base, modality) if asked.quota.unpooled and modality == "video" else None

@@ -340,7 +340,7 @@ def _pyav() -> Any:
 
 
 def _is_cover(stream: Any) -> bool:
-    """A picture of an album's cover, which sound files carry as a video stream of one frame; the oldest PyAV do not tell."""
+    """A picture of an album's cover, which sound files carry as a video stream; the oldest PyAV does not tell."""
     return bool(getattr(getattr(stream, "disposition", None), "value", 0) & 0x400)
 
 

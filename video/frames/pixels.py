@@ -51,9 +51,9 @@ class FittedGrids:
 def fit_grids(counts: Sequence[int], sizes: Sequence[tuple[int, int]], cap: int | None = None) -> FittedGrids:
     """Grids whose tokens are as near to given counts as products of two whole numbers of that shape are.
 
-    Every frame gets the largest grid within its count. What is left over goes to frames for which a slightly larger
-    grid takes it, such that the sum is met exactly where it can be, and never exceeded, with the least change of the
-    shares.
+    Every frame gets at least the largest grid within its count. What is left over goes to frames for which a slightly
+    larger grid takes it, such that the sum is met exactly where it can be, and never exceeded, with the least change of
+    the shares.
 
     Args:
         counts: Tokens of every frame, at least 1.
@@ -84,16 +84,16 @@ def _shapes(aspect: float, most: int) -> dict[int, Grid]:
         for cols in range(1, most // rows + 1):
             off = abs(math.log(cols / rows / aspect))
             area = rows * cols
-            if (off <= math.log(_stretch(area)) or area == 1) and off < found.get(area, (math.inf,))[0]:
+            if (off <= math.log(_stretch(rows, cols)) or area == 1) and off < found.get(area, (math.inf,))[0]:
                 found[area] = off, (rows, cols)
     for cells in range(2, min(round(max(aspect, 1 / aspect)), most) + 1):  # a frame longer than so many squares
         found.setdefault(cells, (0.0, (1, cells) if aspect > 1 else (cells, 1)))
     return {area: grid for area, (_, grid) in sorted(found.items())}
 
 
-def _stretch(area: int) -> float:
+def _stretch(rows: int, cols: int) -> float:
     """By which factor a grid's aspect ratio may lie off: by about one row or column, which is much of a small grid."""
-    return max(1.1, 1 + 1.25 / math.sqrt(area))
+    return max(1.1, 1 + 1.25 / math.sqrt(rows * cols), 1 + 0.75 / min(rows, cols))
 
 
 def _spend(left: int, start: Sequence[int], options: Sequence[Sequence[int]], counts: Sequence[int]) -> list[int]:

@@ -17,6 +17,7 @@ import torch
 
 from vlm_budget.budget import Budget
 from vlm_budget.errors import OptionError, VideoError
+from vlm_budget.models import find_family
 from vlm_budget.prompts import build_inputs
 from vlm_budget.registry import PRUNERS
 
@@ -158,6 +159,7 @@ def watch(
         UnsupportedModelError: No family knows the model, or its frames cannot be told apart.
     """
     query, spend = check_request(question, method, budget, scorer, frames)
+    find_family(model)
     clock = _Clock(progress)
     with clock.stage("load"):
         judge = _scorer(scorer, str(model.device))

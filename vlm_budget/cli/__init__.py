@@ -1,4 +1,4 @@
-"""The command line: ``vlm-budget demo | run | video | calibrate | search | autotune | eval | list | explain``, a file per verb.
+"""The command line, ``vlm-budget VERB``: a file per verb.
 
 Only typer and rich load here; torch and transformers load inside the verbs that need them.
 """

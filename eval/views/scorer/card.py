@@ -34,7 +34,7 @@ Pictures of 48 x 48 (views of rooms and frames of clips, {shards} shards of {sce
 {seed}) against texts, each pair a yes-or-no of its own (SigLIP's loss with every text of a step against every picture):
 kinds, colours, pairs, "thing", unknown words, either of two things, in several wordings, and questions labelled by the
 thing they name, never by their answer. True is what covers 25 pixels. Throw-away heads are taught what each patch
-shows. {steps} steps of {batch} pictures, {minutes:.0f} minutes on a part of one CPU core. One run, one seed; nothing
+shows. {steps} steps of {batch} pictures (the learning rate falls to zero every {cycle} steps), {minutes:.0f} minutes on a part of one CPU core. One run, one seed; nothing
 was chosen on the test clips. Test clips and rooms come from seeds of their own.
 
 {versions}.
@@ -111,5 +111,5 @@ def render(record: Mapping[str, Any]) -> str:
         views=test["rooms"]["views"],
         texts=_texts(test),
         questions=_questions(test),
-        **{name: record["config"][name] for name in ("shards", "scenes", "steps", "batch")},
+        **{name: record["config"][name] for name in ("shards", "scenes", "steps", "cycle", "batch")},
     )

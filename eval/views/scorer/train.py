@@ -43,9 +43,10 @@ class Config:
 
     Attributes:
         steps: optimizer steps.
+        cycle: steps of a cosine of the learning rate to zero; then the next begins.
         batch: pictures a step.
-        lr: peak learning rate; warm-up, then cosine to zero.
-        warmup: steps.
+        lr: peak learning rate.
+        warmup: steps, once.
         first, every: there are ``first`` shards of each task to begin with, and one more every so many steps.
         shards: most shards of each task.
         scenes: scenes a shard.
@@ -54,7 +55,8 @@ class Config:
         checkpoint_seconds: the longest stretch a kill can cost.
     """
 
-    steps: int = 900
+    steps: int = 1800
+    cycle: int = 900
     batch: int = 64
     lr: float = 2e-3
     warmup: int = 75
@@ -113,7 +115,8 @@ def coarse_colors(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _learning_rate(config: Config, step: int) -> float:
-    return config.lr * min(1.0, (step + 1) / config.warmup) * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
+    part = step % config.cycle / config.cycle
+    return config.lr * min(1.0, (step + 1) / config.warmup) * (0.5 + 0.5 * math.cos(math.pi * part))
 
 
 class Run:

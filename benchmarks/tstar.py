@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,18 +160,6 @@ def by_shoulder(count: int, shoulder: float) -> dict[str, Any]:
     return {"shoulder_s": shoulder, "needles": 3, "curves": count, "rows": rows}
 
 
-def own_time(curves: list[Curve]) -> dict[str, float]:
-    """Milliseconds a search takes apart from its looks, and per visited frame."""
-    taken, visited = [], []
-    for drawn in curves:
-        start = time.perf_counter()
-        found = run(drawn, TStar())
-        taken.append((time.perf_counter() - start) * 1000)
-        visited.append(len(found.visited))
-    middle = statistics.median(taken)
-    return {"median_ms": middle, "min_ms": min(taken), "ms_per_visited_frame": middle / statistics.median(visited)}
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -199,7 +186,6 @@ def main() -> None:
             "settings": str(TStar()),
             "needles": needles,
             "shoulders": widths,
-            "own_time": own_time([curve(FIRST_SEED + number, 3) for number in range(10)]),
         },
     )
 

@@ -36,9 +36,10 @@ _STEP_STREAM, _ORDER_STREAM, _SHARD_STREAM = range(3)
 _GROWTH = 6
 _EMPTY_WEIGHT = 0.3
 _EMPTY_SHARE = 0.15
+_PATCH_HEADS = [NO_KIND + 1, NO_COLOR + 1]
 _PAIRS = slice(len(KINDS) + len(COLORS), SUMMARY)
 _EOS_WEIGHT = 0.02
-_NEAREST_WEIGHT = 3.0  # by far the slowest form: it stays at chance until the other forms are learned
+_NEAREST_WEIGHT = 3.0  # the slowest form: it stays at chance long after the others are learned
 _TOWER_BATCH = 192
 _TELLING = 3
 _FORMS = {"color": "color", "here": "kind", "in": "count", "nearest": "nearest", "first": "order"}
@@ -121,7 +122,7 @@ class VisionStage(Stage):
         super().__init__(model, config, shelf, seed, device)
         self.tower = self.model.model.vision_tower
         width = self.tower.config.hidden_size
-        self.patch, self.summary = nn.Linear(width, NO_KIND + 1 + NO_COLOR + 1), nn.Linear(width, SUMMARY)
+        self.patch, self.summary = nn.Linear(width, sum(_PATCH_HEADS)), nn.Linear(width, SUMMARY)
         heads = {"patch": self.patch, "summary": self.summary}
         self.module = nn.ModuleDict({"tower": self.tower} | heads).to(device)
         self.kind_weight = torch.ones(NO_KIND + 1, device=device)
@@ -160,7 +161,7 @@ class VisionStage(Stage):
             output = self.tower(normalise(pixels), output_hidden_states=True)
             logits = self.patch(output.hidden_states[LAYER]).flatten(0, 1).float()
             held = self.summary(output.last_hidden_state.mean(1)).float()
-        kind, color = logits.split([NO_KIND + 1, NO_COLOR + 1], 1)
+        kind, color = logits.split(_PATCH_HEADS, 1)
         loss = F.cross_entropy(kind, kinds.flatten(), self.kind_weight)
         loss = loss + F.cross_entropy(color, colors.flatten(), self.color_weight)
         self._tell(kind, kinds.flatten(), color, colors.flatten())

@@ -63,7 +63,7 @@ class Preset:
 PRESETS = {
     "cpu": Preset(
         vision=StageConfig(steps=3600, batch=96, shards=12, ready=8),
-        language=StageConfig(steps=16_000, batch=8, ready=16, bf16=True),
+        language=StageConfig(steps=14_000, batch=8, ready=16, bf16=True),
     ),
     "gpu": Preset(
         vision=StageConfig(steps=12_000, batch=512, shards=160),

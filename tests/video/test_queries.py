@@ -10,8 +10,10 @@ from vlm_budget.video.frames.queries import (
     LONGEST_QUESTION,
     MOST_CLUES,
     Query,
+    as_query,
     check_question,
     decouple,
+    given_clues,
     instruction,
     read_clues,
     scorer_question,
@@ -169,6 +171,21 @@ def test_unusable_questions_are_refused_before_the_model_is_asked(question: obje
 
     with pytest.raises(OptionError, match=message):
         decouple(answer, question)  # type: ignore[arg-type]
+
+
+def test_a_query_is_checked_like_its_question() -> None:
+    query = Query(QUESTION, targets=("mug",))
+    assert as_query(query) is query
+    for text in ("", "x" * 10_000):
+        with pytest.raises(OptionError):
+            as_query(Query(text, targets=("mug",)))
+
+
+@pytest.mark.parametrize("entries", [["<image>"], [""], ["x" * 65], [f"thing {n}" for n in range(MOST_CLUES + 1)]])
+def test_things_a_user_names_are_checked(entries: list[str]) -> None:
+    assert given_clues(["mug", " a  sink "]) == ("mug", "a sink")
+    with pytest.raises(OptionError):
+        given_clues(entries)
 
 
 def test_the_longest_question_is_taken() -> None:

@@ -67,12 +67,15 @@ def check_question(question: Any) -> str:
 
 
 def as_query(question: str | Query) -> Query:
-    """A question as a query that looks for the question itself.
+    """A question as a query that looks for the question itself; a query as it is.
 
     Raises:
         OptionError: No usable question.
     """
-    return question if isinstance(question, Query) else Query(check_question(question))
+    if isinstance(question, Query):
+        check_question(question.text)
+        return question
+    return Query(check_question(question))
 
 
 def decouple(answer: Callable[[str], str], question: str, kind: Kind = "entities") -> Query:

@@ -35,7 +35,7 @@ def draw_timeline(watched: Watched) -> Image.Image:
     tall = max((picture.height for _, _, picture in pictures), default=0)
     top = 118
     axis = top + tall + (58 if pictures else 0) + len(bands) * (_BAND + _GAP)
-    page = Image.new("RGB", (_WIDTH, axis + 52), _PAGE)
+    page = Image.new("RGB", (_WIDTH, axis + 24), _PAGE)
     pen = ImageDraw.Draw(page)
     _write(pen, (_MARGIN, 24), watched.query.text, 24, _TEXT)
     _write(pen, (_MARGIN, 58), f"“{watched.answer}”", 20, _ACCENT)

@@ -56,6 +56,58 @@ class Decouple(str, Enum):
 
 
 _HOW, _WHERE, _LOOK = "What to do", "Where and how to run", "What to look for"
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A video file.")]
+HowOption = Annotated[
+    How,
+    typer.Option(
+        "--method",
+        "-m",
+        help="quota: tokens per frame by relevance; tstar: search a few frames; uniform: all frames the same.",
+        rich_help_panel=_HOW,
+    ),
+]
+SpendOption = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        "-b",
+        help="Share of the tokens that all frames (of tstar, the kept ones) have at the model's own resolution, "
+        "such as 50%, or a number of tokens.",
+        rich_help_panel=_HOW,
+    ),
+]
+FramesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--frames",
+        min=1,
+        help="Frames that are looked at; of tstar, frames that are kept.",
+        show_default="96 and 64 more per hour; of tstar 8",
+        rich_help_panel=_HOW,
+    ),
+]
+TimesOption = Annotated[
+    bool, typer.Option("--times/--no-times", help="Tell the model when frames are shown.", rich_help_panel=_HOW)
+]
+ScorerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--scorer",
+        help="What scores frames: clip:FOLDER, clip:ARCHITECTURE/PRETRAINED, or vlm:FOLDER_OR_HUB_ID.",
+        rich_help_panel=_LOOK,
+    ),
+]
+DecoupleOption = Annotated[
+    Decouple, typer.Option("--decouple", help="Have the model itself say what to look for.", rich_help_panel=_LOOK)
+]
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option("--target", help="A thing to look for, repeatable; the model is not asked.", rich_help_panel=_LOOK),
+]
+CueOption = Annotated[
+    list[str] | None,
+    typer.Option("--cue", help="A thing that stands near what is looked for, repeatable.", rich_help_panel=_LOOK),
+]
 TimelineOption = Annotated[
     Path, typer.Option("--timeline", help="Where to draw the timeline.", dir_okay=True, rich_help_panel=_WHERE)
 ]
@@ -63,64 +115,18 @@ TimelineOption = Annotated[
 
 @clean
 def video(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A video file.")],
+    file: FileArgument,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")] = "What happens in the video?",
     model: ModelOption = "nano-views",
-    method: Annotated[
-        How,
-        typer.Option(
-            "--method",
-            "-m",
-            help="quota: tokens per frame by relevance; tstar: search a few frames; uniform: all frames the same.",
-            rich_help_panel=_HOW,
-        ),
-    ] = How.quota,
-    budget: Annotated[
-        str,
-        typer.Option(
-            "--budget",
-            "-b",
-            help="Share of the tokens that all frames (of tstar, the kept ones) have at the model's own resolution, "
-            "such as 50%, or a number of tokens.",
-            rich_help_panel=_HOW,
-        ),
-    ] = "50%",
-    scorer: Annotated[
-        str | None,
-        typer.Option(
-            "--scorer",
-            help="What scores frames: clip:FOLDER, clip:ARCHITECTURE/PRETRAINED, or vlm:FOLDER_OR_HUB_ID.",
-            rich_help_panel=_LOOK,
-        ),
-    ] = None,
-    frames: Annotated[
-        int | None,
-        typer.Option(
-            "--frames",
-            min=1,
-            help="Frames that are looked at; of tstar, frames that are kept.",
-            show_default="96 and 64 more per hour; of tstar 8",
-            rich_help_panel=_HOW,
-        ),
-    ] = None,
-    decouple: Annotated[
-        Decouple,
-        typer.Option("--decouple", help="Have the model itself say what to look for.", rich_help_panel=_LOOK),
-    ] = Decouple.entities,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--target", help="A thing to look for, repeatable; the model is not asked.", rich_help_panel=_LOOK
-        ),
-    ] = None,
-    cue: Annotated[
-        list[str] | None,
-        typer.Option("--cue", help="A thing that stands near what is looked for, repeatable.", rich_help_panel=_LOOK),
-    ] = None,
+    method: HowOption = How.quota,
+    budget: SpendOption = "50%",
+    scorer: ScorerOption = None,
+    frames: FramesOption = None,
+    decouple: DecoupleOption = Decouple.entities,
+    target: TargetOption = None,
+    cue: CueOption = None,
     option: FieldOption = None,
-    times: Annotated[
-        bool, typer.Option("--times/--no-times", help="Tell the model when frames are shown.", rich_help_panel=_HOW)
-    ] = True,
+    times: TimesOption = True,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the search.")] = 0,
     device: DeviceOption = Device.auto,
@@ -212,7 +218,8 @@ def _print(console: Console, watched: Any) -> None:
     if clues:
         console.print(Text(f"looked for: {', '.join(clues)}"))
     if watched.query.note:
-        console.print(Text(f"question not taken apart: {watched.query.note}", "yellow"))
+        told = "taking the question apart" if clues else "the question was not taken apart"
+        console.print(Text(f"{told}: {watched.query.note}", "yellow"))
     width = max(10, min(len(watched.times), console.width - 10))
     if watched.scores is not None:
         console.print(Text.assemble(("score  ", "dim"), strip(watched.scores, width)))

@@ -40,13 +40,13 @@ _NONE_FORMS = (f"{UNKNOWN}", f"a {UNKNOWN}", f"the {UNKNOWN}", f"a {UNKNOWN} {UN
 _EITHER_FORMS = ("{one} or {other}", "{one} and {other}", "a {one} and a {other}", "{one} {other}")
 
 ASKED_OF_KINDS = (
-    color_question(0, 0, 0).prompt.replace(KINDS[0], "{kind}"),
+    color_question(0, 0, 0).prompt.removesuffix(KINDS[0]) + "{kind}",
     "which thing is nearest to the {kind}",
     "what color is the {kind}",
     "when is there a {kind}",
 )
 ASKED_OF_COLORS = (
-    kind_question(0, 0, 0).prompt.replace(COLOR_NAMES[0], "{color}"),
+    kind_question(0, 0, 0).prompt.removesuffix(COLOR_NAMES[0]) + "{color}",
     "how many things in here are {color}",
     "which thing is {color}",
     "is there a {color} thing",
@@ -144,7 +144,7 @@ def draw(rng: np.random.Generator) -> tuple[Text, ...]:
         texts.append(Text(words, (kind_concept(one), kind_concept(other))))
     for _ in range(4):
         kinds, colors = rng.permutation(len(KINDS))[:2], rng.permutation(len(COLOR_NAMES))[:2]
-        one, other = (f"{COLOR_NAMES[colors[i]]} {KINDS[kinds[i]]}" for i in range(2))
+        first, second = (f"{COLOR_NAMES[colors[i]]} {KINDS[kinds[i]]}" for i in range(2))
         concepts = tuple(pair_concept(int(kinds[i]), int(colors[i])) for i in range(2))
-        texts.append(Text(pick(_EITHER_FORMS).format(one=one, other=other), concepts))
+        texts.append(Text(pick(_EITHER_FORMS).format(one=first, other=second), concepts))
     return tuple(_padded(rng, text) for text in texts)

@@ -31,7 +31,7 @@ TEXTS: dict[str, tuple[tuple[str, int], ...]] = {
 }
 """Texts by group, each with its concept."""
 _BINS = 10
-_FRAMES, _BEST = 32, 8
+_FRAMES, _BEST = 32, 2  # frames spread evenly, and how many of them for every asked event
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -75,7 +75,7 @@ def _question(scores: np.ndarray, frames: Sequence[np.ndarray]) -> dict[str, flo
     target = np.logical_or.reduce(frames)
     best = np.argsort(-scores, kind="stable")[: int(target.sum())]
     even = np.array(clips.evenly(_FRAMES))
-    first = even[np.argsort(-scores[even], kind="stable")[:_BEST]]
+    first = even[np.argsort(-scores[even], kind="stable")[: _BEST * len(frames)]]
     return {
         "auc": auc(scores, target),
         "recall": float(target[best].mean()),
@@ -137,7 +137,7 @@ def measure_clips(score: Score, samples: Sequence[clips.ClipSample]) -> dict[str
             for way, parts in ways.items():
                 best = scores[:, column : column + len(parts)].max(1)
                 column += len(parts)
-                figures = _question(best, there[list(question.targets)])
+                figures = _question(best, [there[index] for index in question.targets])
                 for task in (question.task, "all"):
                     rows[way].setdefault(task, []).append((number, figures))
     return {

@@ -43,10 +43,9 @@ class Config:
 
     Attributes:
         steps: optimizer steps.
-        cycle: steps of a cosine of the learning rate to zero; then the next begins.
         batch: pictures a step.
-        lr: peak learning rate.
-        warmup: steps, once.
+        lr: peak learning rate; warm-up, then cosine to zero.
+        warmup: steps.
         first, every: there are ``first`` shards of each task to begin with, and one more every so many steps.
         shards: most shards of each task.
         scenes: scenes a shard.
@@ -55,14 +54,13 @@ class Config:
         checkpoint_seconds: the longest stretch a kill can cost.
     """
 
-    steps: int = 1800
-    cycle: int = 900
+    steps: int = 2000
     batch: int = 64
     lr: float = 2e-3
     warmup: int = 75
     first: int = 2
     every: int = 75
-    shards: int = 12
+    shards: int = 20
     scenes: int = 256
     bare: float = 0.4
     patch_weight: float = 4.0
@@ -93,11 +91,11 @@ def pool(shelf: Shelf, index: int, seed: int, bare: float) -> Pool:
         np.concatenate([getattr(part, name).reshape(-1, *getattr(part, name).shape[2:]) for part in parts])
         for name in ("pixels", "kinds", "colors", "summaries")
     )
-    there = summaries.any(1)
+    there = summaries.max(1)
     blank = np.flatnonzero(~there)
     rng = np.random.default_rng([seed, _SHARD_STREAM, index])
     keep = np.concatenate([np.flatnonzero(there), rng.permutation(blank)[: int(bare * there.sum())]])
-    seen = np.concatenate([summaries, there[:, None]], 1)[keep].astype(np.float32)
+    seen = np.column_stack([summaries, there])[keep].astype(np.float32)
     return Pool(
         torch.from_numpy(pictures[keep]),
         torch.from_numpy(kinds[keep].astype(np.int64)),
@@ -115,8 +113,7 @@ def coarse_colors(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _learning_rate(config: Config, step: int) -> float:
-    part = step % config.cycle / config.cycle
-    return config.lr * min(1.0, (step + 1) / config.warmup) * (0.5 + 0.5 * math.cos(math.pi * part))
+    return config.lr * min(1.0, (step + 1) / config.warmup) * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
 
 
 class Run:

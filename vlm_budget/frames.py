@@ -75,7 +75,7 @@ def frame_weights(scores: Sequence[float], power: float = 2.0) -> list[float]:
 def _numbers(scores: Any) -> list[float]:
     try:
         found = [float(score) for score in (scores.tolist() if hasattr(scores, "tolist") else scores)]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise FrameScoreError(f"scores must be numbers, one per frame, got {scores!r:.80}") from error
     for index, score in enumerate(found):
         if not math.isfinite(score) or score < 0:

@@ -194,15 +194,20 @@ class PatchHandle:
             The handle itself.
 
         Raises:
-            PatchError: The method in force does not look at geometry.
+            PatchError: The method in force does not look at geometry, or the patch was undone.
             GeometryError: It cannot be geometry of any pictures. That it belongs to others than the prompt's is told
                 when the model runs, before it encodes them.
         """
         self._require("reads_views", "geometry")
-        given = {"depth": depth, "pose": pose, "intrinsics": intrinsics, "token_xyz": token_xyz}
-        views = None
-        if any(value is not None for value in given.values()):
-            views = Views.of(**given, size=size, fit=fit)
+        given = {
+            "depth": depth,
+            "pose": pose,
+            "intrinsics": intrinsics,
+            "token_xyz": token_xyz,
+            "size": size,
+            "fit": fit,
+        }
+        views = Views.of(**given) if any(value is not None for value in given.values()) else None
         self._boundary.beside = replace(self._boundary.beside, views=views)
         return self
 
@@ -220,20 +225,23 @@ class PatchHandle:
             The handle itself.
 
         Raises:
-            PatchError: The method in force does not look at scores, or the model knows no such input.
+            PatchError: The method in force does not look at scores, the model knows no such input, or the patch was
+                undone.
             FrameScoreError: They are no scores. That they belong to others than the prompt's frames is told when the
                 model runs, before it encodes them.
         """
         self._require("reads_frames", "scores of frames")
-        known = self._boundary.family.encoders
+        known = tuple(self._boundary.family.encoders)
         modality = of or ("video" if "video" in known else "image")
         if modality not in known:
-            raise PatchError(f"of must be one of {tuple(known)} for this model, got {of!r}")
+            raise PatchError(f"of must be one of {known} for this model, got {of!r}")
         found = None if scores is None else FrameScores.of(scores, modality)
         self._boundary.beside = replace(self._boundary.beside, scores=found)
         return self
 
     def _require(self, reads: str, what: str) -> None:
+        if not self.active:
+            raise PatchError(f"this patch was undone, or replaced by a later one: no prompt would see the {what}")
         if not (self.methods.vision is not None and getattr(self.methods.vision, reads)):
             readers = [name for name in PRUNERS if getattr(PRUNERS.get(name), reads)]
             raise PatchError(f"{self.methods} does not look at {what}; of the library's methods, {readers} do.")

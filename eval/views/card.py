@@ -47,7 +47,7 @@ Preset `{preset}`, seed {seed}, one CPU thread on a machine shared with other wo
 checkpoint was chosen on test scenes.
 
 {recipe}
-
+{note}
 The tower learns from dense labels, which are richer than captions; its attention is never supervised. In half of the
 language batches something is missing at random (`vlm_budget.eval.views.dropout`): tokens drawn by Gumbel noise with a
 random tilt, or pictures at random resolutions, none and finer than the model's own among them; positions renumbered
@@ -117,6 +117,7 @@ def render(record: Mapping[str, Any]) -> str:
         preset=record["preset"]["name"],
         seed=record["seed"],
         recipe=_recipe(record["minutes"], record["preset"]),
+        note=f"\n{record['note']}\n" if record["note"] else "",
         versions=", ".join(f"{library} {version}" for library, version in record["versions"].items()),
         accuracy=_accuracy(record["test"]),
         **record["data"],

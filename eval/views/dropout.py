@@ -115,7 +115,7 @@ class RandomBudget:
         noise = -(-uniform.log()).log()
         return strength * functional + offset.repeat_interleave(count // pictures, 1) + noise
 
-    def _sizes(self, task: str, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    def _sizes(self, task: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """Indices into `SIZES`, ``[B, P]``: the same resolutions in every scene, in another order each."""
         batch, pictures = shape
         cells = torch.tensor([rows * cols for rows, cols in SIZES])

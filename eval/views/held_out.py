@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -38,10 +38,32 @@ def draw_slots(task: str, count: int, scenes: int, share: float, generator: torc
     return patch[keep].sort(1).values
 
 
+class Ready(NamedTuple):
+    """Samples of one task as the language model takes them: ``features`` of the tower ``[N, P, 36, Dv]``, ``tokens``
+    of prompts and answers ``[N, Q, 8]``."""
+
+    task: str
+    features: Tensor
+    tokens: Tensor
+
+
+@torch.no_grad()
+def prepare(model: LlavaOnevisionForConditionalGeneration, samples: Sequence[Sample], batch: int = 16) -> Ready:
+    """Render the samples and run the tower, ``batch`` scenes at a time."""
+    device, features = next(model.parameters()).device, []
+    for start in range(0, len(samples), batch):
+        pixels = np.stack([pictures(sample) for sample in samples[start : start + batch]])
+        found = tower_features(model, torch.from_numpy(pixels).to(device).flatten(0, 1))
+        features.append(found.unflatten(0, pixels.shape[:2]))
+    tokens = torch.tensor([[encode(question) for question in sample.questions] for sample in samples])
+    task = "rooms" if isinstance(samples[0], rooms.RoomSample) else "haystack"
+    return Ready(task, torch.cat(features), tokens.to(device))
+
+
 @torch.no_grad()
 def score(
     model: LlavaOnevisionForConditionalGeneration,
-    samples: Sequence[Sample],
+    ready: Ready,
     share: float | None = None,
     renumber: bool = True,
     batch: int = 16,
@@ -50,23 +72,17 @@ def score(
 
     Args:
         model: the model.
-        samples: scenes of one task.
+        ready: `prepare`.
         share: keep a random share of the patch tokens and no newline; None keeps everything.
         renumber: number the kept tokens anew.
         batch: scenes at a time.
     """
-    device, rows = next(model.parameters()).device, []
-    task = "rooms" if isinstance(samples[0], rooms.RoomSample) else "haystack"
-    generator = torch.Generator().manual_seed(0)
-    for start in range(0, len(samples), batch):
-        part = samples[start : start + batch]
-        pixels = torch.from_numpy(np.stack([pictures(sample) for sample in part])).to(device)
-        tokens = torch.tensor([[encode(question) for question in sample.questions] for sample in part]).to(device)
-        features = tower_features(model, pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-        prefix: Prefix = PREFIX[task](model, features)
+    generator, rows = torch.Generator().manual_seed(0), []
+    for features, tokens in zip(ready.features.split(batch), ready.tokens.split(batch), strict=True):
+        prefix: Prefix = PREFIX[ready.task](model, features)
         if share is not None:
-            slots = draw_slots(task, pixels.shape[1], len(part), share, generator)
-            prefix = prefix.keep(slots.to(device), renumber)
+            slots = draw_slots(ready.task, features.shape[1], len(features), share, generator)
+            prefix = prefix.keep(slots.to(features.device), renumber)
         logits = answer_logits(model, prefix, tokens)
         rows.append((logits[:, :, 0].argmax(-1) == tokens[:, :, -1]).cpu())
     return torch.cat(rows).numpy()

@@ -24,7 +24,7 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from vlm_budget.eval.views import folder
 from vlm_budget.eval.views.card import render
 from vlm_budget.eval.views.export import WEIGHTS
-from vlm_budget.eval.views.held_out import SETS, score, summarise
+from vlm_budget.eval.views.held_out import SETS, prepare, score, summarise
 from vlm_budget.eval.views.modeling import VOCAB
 from vlm_budget.eval.views.train import NAME, PRESETS
 
@@ -37,14 +37,23 @@ def measure(model: LlavaOnevisionForConditionalGeneration, scenes: int, split: s
     found: dict[str, Any] = {}
     for task, module in SETS.items():
         samples: Sequence[Any] = module.test_set(scenes, getattr(module, f"{split}_SEED"))
-        found[task] = {"whole": summarise(samples, score(model, samples))}
+        ready = prepare(model, samples)
+        found[task] = {"whole": summarise(samples, score(model, ready))}
         for share in SHARES:
-            found[task][f"random {share:g}"] = summarise(samples, score(model, samples, share))
+            found[task][f"random {share:g}"] = summarise(samples, score(model, ready, share))
     return found
 
 
-def publish(run: Path, results: Path, preset: str, scenes: int) -> None:
-    """Ship the run's checkpoint, write ``results`` and the model card."""
+def publish(run: Path, results: Path, preset: str, scenes: int, note: str = "") -> None:
+    """Ship the run's checkpoint, write ``results`` and the model card.
+
+    Args:
+        run: folder of a finished training.
+        results: where the record goes.
+        preset: the run's preset.
+        scenes: held-out scenes of each task and split.
+        note: what was different from the preset in this run, for the card.
+    """
     trained = json.loads((run / f"{NAME}.json").read_text())
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(run / NAME).eval()
     shutil.rmtree(folder(), ignore_errors=True)
@@ -55,6 +64,7 @@ def publish(run: Path, results: Path, preset: str, scenes: int) -> None:
         "preset": {"name": preset} | asdict(PRESETS[preset]),
         "seed": trained["seed"],
         "minutes": trained["minutes"],
+        "note": note,
         "data": {"scenes": scenes, "words": len(VOCAB)}
         | {f"{task}_test_seed": module.TEST_SEED for task, module in SETS.items()},
         "versions": {
@@ -80,8 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/views_training.json"))
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
     parser.add_argument("--scenes", type=int, default=300)
+    parser.add_argument("--note", default="", help="what was different from the preset in this run")
     args = parser.parse_args(argv)
-    publish(args.run, args.results, args.preset, args.scenes)
+    publish(args.run, args.results, args.preset, args.scenes, args.note)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,9 @@ def make(task: str, seed: int, index: int, scenes: int = SCENES, questions: int 
         pictures, things, tokens = _room(rng, questions) if task == "rooms" else _clip(rng, questions, frames)
         kinds, colors, summaries = batch_labels(pictures, [things] * len(pictures))
         pixels = np.stack([picture.pixels for picture in pictures])
-        columns.append((pixels, kinds.astype(np.uint8), colors.astype(np.uint8), summaries > 0, np.uint8(tokens)))
+        columns.append(
+            (pixels, kinds.astype(np.uint8), colors.astype(np.uint8), summaries > 0, np.array(tokens, np.uint8))
+        )
     return Shard(*map(np.stack, zip(*columns, strict=True)))
 
 

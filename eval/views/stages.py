@@ -131,7 +131,8 @@ class VisionStage(Stage):
         self.color_weight[NO_COLOR] = _EMPTY_WEIGHT
         self.positive_weight = torch.full((SUMMARY,), 3.0, device=device)
         self.positive_weight[_PAIRS] = 10.0
-        self._visit, self._pictures = -1, []
+        self._visit = -1
+        self._pictures: list[list[Tensor]] = []
 
     def _load(self, visit: int) -> None:
         """Pictures and labels of one shard of each task in random order, most pictures of nothing left out."""

@@ -15,7 +15,7 @@ from PIL import Image
 import tiny_models
 import vlm_budget
 from clips import write_clip
-from tiny_processors import onevision_processor, qwen_processor
+from tiny_processors import internvl_processor, onevision_processor, qwen_processor
 from vlm_budget.errors import BudgetError, FrameScoreError, OptionError, UnsupportedModelError, VideoError
 from vlm_budget.eval.nano import folder
 from vlm_budget.frames import allocate_frames
@@ -137,6 +137,14 @@ def test_qwen_frames_are_resized_before_the_tower(qwen: Any) -> None:
     assert [count > 0 for count in watched.tokens] == [count > 0 for count in counts]
     assert max(abs(mine - wanted) for mine, wanted in zip(watched.tokens, counts, strict=True)) <= 4
     assert watched.prompt.count("seconds>") == len(watched.frames) == 7 and "<10.0 seconds>" not in watched.prompt
+
+
+def test_internvl_gets_each_frame_as_one_tile() -> None:
+    model, processor = tiny_models.internvl().model, internvl_processor()
+    watched = watch(FRAMES, "what is it?", model, processor, scorer=SCORES, budget="30%", **QUICK)
+    assert (watched.dense, watched.budget) == (288, 86)
+    assert list(watched.tokens) == allocate_frames(SCORES, 86, caps=36)
+    assert watched.spent == watched.report.kept_tokens == 86 and "6 frames of it" in watched.prompt
 
 
 def test_frames_are_pictures_where_the_model_knows_no_videos() -> None:

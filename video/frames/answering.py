@@ -20,6 +20,7 @@ from vlm_budget.errors import UnsupportedModelError
 from vlm_budget.frames import allocate_frames
 from vlm_budget.models import find_family, layout_of
 from vlm_budget.prompts import encode_prompts
+from vlm_budget.registry import FAMILIES
 from vlm_budget.report import Report
 
 from .pixels import fit_grids, native_grid, own_grids, pixel_inputs
@@ -225,7 +226,7 @@ def _encoded(
     processor: Any, given: Sequence[Frame], told: Sequence[Frame], asked: Asked, model: Any
 ) -> tuple[Any, str]:
     """Inputs and the prompt's text: frames that are given to the model, and those that it is told of."""
-    videos = takes_videos(processor)
+    videos = takes_videos(model, processor)
     if videos:
         text = video_text(processor, asked.question, asked.times(told), asked.duration)
     else:
@@ -233,9 +234,14 @@ def _encoded(
     return encode_prompts(processor, [text], [[frame.image for frame in given]], model, videos), text
 
 
-def takes_videos(processor: Any) -> bool:
-    """Whether a processor takes frames as a video."""
-    return getattr(processor, "video_processor", None) is not None
+def takes_videos(model: Any, processor: Any) -> bool:
+    """Whether frames are one video to a model and its processor; else each is a picture.
+
+    InternVL's model knows pictures alone, but its processor cuts none of a video's frames into tiles.
+    """
+    _, _, family = find_family(model)
+    known = "video" in family.encoders or FAMILIES.name_of(type(family)) == "internvl"
+    return known and getattr(processor, "video_processor", None) is not None
 
 
 def _grid(model: Any, processor: Any, frame: Frame, asked: Asked) -> _Grid:

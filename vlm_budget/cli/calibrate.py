@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @clean
 def calibrate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="nano or nano-robust (shipped), a local folder, or a hub id.")
+        str, typer.Argument(metavar="MODEL", help="nano, nano-robust, nano-views (shipped), a folder, or a hub id.")
     ],
     longest: Annotated[int, typer.Option("--longest", help="Longest prompt in tokens, text and visual.")] = 4096,
     repeats: Annotated[int, typer.Option("--repeats", help="Measured rounds.")] = 3,

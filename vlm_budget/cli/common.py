@@ -91,7 +91,9 @@ PositionsOption = Annotated[
 ]
 ModelOption = Annotated[
     str,
-    typer.Option("--model", help="nano or nano-robust (shipped), a local folder, or a hub id.", rich_help_panel=_WHERE),
+    typer.Option(
+        "--model", help="nano, nano-robust, nano-views (shipped), a folder, or a hub id.", rich_help_panel=_WHERE
+    ),
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to run.", rich_help_panel=_WHERE)]
 DtypeOption = Annotated[

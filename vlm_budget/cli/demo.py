@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import OptionError
 from .common import (
     BudgetOption,
     DebugOption,
@@ -129,6 +130,7 @@ def demo(
         step("reading the method")
         methods = wanted.methods()
         spend = wanted.spend(methods)
+        _check_model(model)
         loaded = load(model, device.value, dtype.value, step, debug)
         step("drawing posters")
         counted_pages = pages if pages is not None else _PAGES * loaded.shipped
@@ -149,6 +151,22 @@ def demo(
         print_json(_facts(loaded, setting, seed, asked, accuracy, out))
     else:
         _show(out_console(), loaded, setting, seed, asked, accuracy, out)
+
+
+def _check_model(name: str) -> None:
+    """Refuse shipped models that know nothing of the posters.
+
+    Raises:
+        OptionError: It is one of them.
+    """
+    from .loading import NANO, shipped_models
+
+    package = shipped_models().get(name)
+    if package is not None and package.__name__ != NANO:
+        raise OptionError(
+            f"the demo asks about posters, and {name} answers about rooms and clips alone: try --model nano, or "
+            f"'vlm-budget eval run --model {name} --tasks nano_views'"
+        )
 
 
 def counted(answer: str, first_word: bool) -> str:

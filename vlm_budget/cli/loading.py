@@ -16,6 +16,8 @@ from ..registry import FAMILIES
 
 # By string, as methods are: the core never imports what lies on a higher floor.
 NANO = "vlm_budget.eval.nano"
+SHIPPED = (NANO, "vlm_budget.eval.views")
+"""Packages that have shipped models: ``names()`` and ``folder(name)``."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,10 @@ class Loaded:
         }
 
 
-def nano_names() -> tuple[str, ...]:
-    """Names of the shipped models."""
-    names: tuple[str, ...] = importlib.import_module(NANO).names()
-    return names
+def shipped_models() -> dict[str, Any]:
+    """Names of the shipped models, and the packages they are in."""
+    packages = [importlib.import_module(name) for name in SHIPPED]
+    return {name: package for package in packages for name in package.names()}
 
 
 def resolve(name: str) -> tuple[str, bool]:
@@ -71,13 +73,14 @@ def resolve(name: str) -> tuple[str, bool]:
     Raises:
         ModelLoadError: A folder that is missing, or is not a model's.
     """
-    if name in nano_names():
-        return _folder(importlib.import_module(NANO).folder(name), name), True
+    known = shipped_models()
+    if name in known:
+        return _folder(known[name].folder(name), name), True
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or os.altsep == "\\" or name.endswith("/")
     if path.exists() or looks_local:
         return _folder(path, name), False
-    near = difflib.get_close_matches(name, nano_names(), n=1, cutoff=0.75)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     if near:
         raise ModelLoadError(f"there is no model {name!r}. Did you mean {near[0]!r}?")
     return name, False

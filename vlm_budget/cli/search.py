@@ -61,7 +61,7 @@ class QueriesChoice(str, Enum):
 
 _WHAT, _HOW, _WHERE = "What to search", "How to judge and search", "Where and how to run"
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="nano or nano-robust (shipped), a local folder, or a hub id.")
+    str, typer.Argument(metavar="MODEL", help="nano, nano-robust, nano-views (shipped), a folder, or a hub id.")
 ]
 DataOption = Annotated[
     Path,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,7 +12,52 @@ from torch import nn
 from ..errors import FrameScoreError, GeometryError
 from ..families.base import Family
 from ..geometry import check_views, views_of
-from ..layout import Modality, VisualItem
+from ..layout import Modality, VisualItem, group_rows
+
+if TYPE_CHECKING:
+    from .prompts import Prompts
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """How ``generate`` repeated prompts along with their pixels, as it does up to 4.x of transformers for beams.
+
+    Attributes:
+        times: How often every prompt stands in the batch.
+        tokens: Visual tokens of every prompt; empty where they are not known.
+    """
+
+    times: int = 1
+    tokens: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, generating: Prompts | None, given: Prompts | None, modality: Modality) -> Repeated:
+        """What the forward at hand holds of the prompts that ``generate`` was given, if it is one of those."""
+        if generating is None or given is None or not generating.rows:
+            return cls()
+        tokens = () if generating.counts is None else generating.counts.visual.get(modality, ())
+        return cls(max(1, given.rows // generating.rows), tokens)
+
+    def originals(self, items: Sequence[VisualItem], count: int) -> list[int] | None:
+        """Which of the ``count`` items that something was laid beside every encoded one is; None where it is of others.
+
+        Numbers that merely divide are no copies: 12 views are not of the 84 tiles that 12 pictures were cut into.
+        """
+        if len(items) == count:
+            return list(range(count))
+        if self.times == 1 or len(items) != count * self.times:
+            return None
+        rows = group_rows(items, [n for n in self.tokens for _ in range(self.times)]) if self.tokens else None
+        if rows is None:
+            return [index // self.times for index in range(len(items))]
+        found, start = [], 0
+        for row in rows[:: self.times]:
+            found += self.times * list(range(start, start + len(row)))
+            start += len(row)
+        return found
+
+
+ONCE = Repeated()
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,21 +81,23 @@ class Views:
         """
         return cls(given, check_views(**given))
 
-    def coordinates(self, base: nn.Module, family: Family, items: Sequence[VisualItem]) -> list[torch.Tensor]:
+    def coordinates(
+        self, base: nn.Module, family: Family, items: Sequence[VisualItem], repeated: Repeated = ONCE
+    ) -> list[torch.Tensor]:
         """Per picture [n, 3] float32, NaN where a token lies nowhere.
 
         Raises:
             GeometryError: There are other pictures than views.
         """
-        copies = _copies(len(items), self.count)
-        if not copies:
+        originals = repeated.originals(items, self.count)
+        if originals is None:
             raise GeometryError(
                 f"views were laid beside {self.count} pictures, the prompts hold {len(items)} (of a picture cut into "
                 "tiles, each counts). Call handle.views(...) with one view per picture, in the prompts' order."
             )
-        own = items[::copies]
+        own = [items[originals.index(view)] for view in range(self.count)]
         found = views_of(own, [family.fit(base, "image", item) for item in own], **self.given)
-        return [found[index // copies] for index in range(len(items))]
+        return [found[view] for view in originals]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,21 +123,21 @@ class FrameScores:
         rows = tuple(_vector(one) for one in (scores if nested else [scores]))
         return cls(modality, rows if modality == "video" else (torch.cat(rows),))
 
-    def per_item(self, items: Sequence[VisualItem]) -> list[torch.Tensor]:
+    def per_item(self, items: Sequence[VisualItem], repeated: Repeated = ONCE) -> list[torch.Tensor]:
         """Per video or picture, [P] float32 scores of its partitions.
 
         Raises:
             FrameScoreError: There are other videos, frames or pictures than scores.
         """
         mine = list(self.rows if self.modality == "video" else self.rows[0][:, None])
-        copies = _copies(len(items), len(mine))
-        if not copies:
+        originals = repeated.originals(items, len(mine))
+        if originals is None:
             what = "videos" if self.modality == "video" else "pictures"
             raise FrameScoreError(
                 f"scores were laid beside {len(mine)} {what}, the prompts hold {len(items)}. Call handle.frames(...) "
                 f"with {'a vector per video' if self.modality == 'video' else 'a score per picture'}, in their order."
             )
-        return [_of_partitions(mine[index // copies], item) for index, item in enumerate(items)]
+        return [_of_partitions(mine[original], item) for original, item in zip(originals, items, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +147,14 @@ class Beside:
     views: Views | None = None
     scores: FrameScores | None = None
 
-    def laid(self, base: nn.Module, family: Family, modality: Modality, items: Sequence[VisualItem]) -> Laid:
+    def laid(
+        self,
+        base: nn.Module,
+        family: Family,
+        modality: Modality,
+        items: Sequence[VisualItem],
+        repeated: Repeated = ONCE,
+    ) -> Laid:
         """What belongs to the items of an encoder call.
 
         Raises:
@@ -109,9 +163,9 @@ class Beside:
         """
         xyz = scores = None
         if self.views is not None and modality == "image":
-            xyz = self.views.coordinates(base, family, items)
+            xyz = self.views.coordinates(base, family, items, repeated)
         if self.scores is not None and modality == self.scores.modality:
-            scores = self.scores.per_item(items)
+            scores = self.scores.per_item(items, repeated)
         return Laid(self, xyz, scores)
 
 
@@ -133,11 +187,6 @@ class Laid:
 NOTHING = Beside()
 
 
-def _copies(items: int, given: int) -> int:
-    """How often every item stands in a row (beams, up to 4.x of transformers); 0 where the numbers do not fit."""
-    return items // given if given and items % given == 0 else 0
-
-
 def _is_vector(one: Any) -> bool:
     return isinstance(one, torch.Tensor) and one.ndim > 0 or isinstance(one, Sequence) or getattr(one, "ndim", 0) > 0
 
@@ -145,7 +194,7 @@ def _is_vector(one: Any) -> bool:
 def _vector(scores: Any) -> torch.Tensor:
     try:
         found = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise FrameScoreError(f"scores must be numbers, one per frame, got {scores!r:.80}: {error}") from error
     if found.ndim != 1 or not len(found):
         raise FrameScoreError(f"scores must be a vector, one number per frame, got shape {list(found.shape)}")

@@ -24,7 +24,7 @@ from ..pruner import moved
 from ..request import PositionModes, Request
 from .account import Account, Accounts
 from .arguments import grow_output
-from .beside import NOTHING
+from .beside import NOTHING, Repeated
 from .cache import CacheState, cache_state, set_cache_state
 from .candidates import PromptTokens
 from .choice import Choice, Chooser
@@ -141,11 +141,15 @@ class Boundary:
         if getattr(local, "encoding", False):
             return call(*args, **kwargs)  # Qwen3-VL encodes videos through its image encoder
         interval = Interval(self._device)
-        inside = self._generating is not None or getattr(local, "given", None) is not None
+        given = getattr(local, "given", None)
+        inside, repeated = (
+            self._generating is not None or given is not None,
+            Repeated.of(self._generating, given, modality),
+        )
         local.encoding = True
         try:
             known = getattr(local, "known", ()) if inside else ()
-            output, seen = self.observer.observe(modality, call, args, kwargs, known, self.beside)
+            output, seen = self.observer.observe(modality, call, args, kwargs, known, self.beside, repeated)
         finally:
             local.encoding = False
         local.latest = {**getattr(local, "latest", {}), modality: seen}

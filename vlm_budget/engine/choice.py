@@ -119,7 +119,9 @@ class Chooser:
         spend = self.request.spend
         if isinstance(spend, Plan):
             spend.row_counts(layout.row_sizes())
-            return spend
+            # Whether counts are promised per item or per prompt is the method's to say, not that of whom they are of.
+            vision = self.request.methods.vision
+            return replace(spend, joint=vision is not None and vision.joint)
         if self.request.recipe is not None:
             for row in layout.rows:
                 self.request.recipe.warn_if_far(sum(item.size for item in row))
@@ -158,12 +160,13 @@ class Chooser:
             device: Where the language model's embeddings live.
         """
         rows = seen_rows(observations, counts, self.observer.needs, self.observer.project, self.family.mrope)
-        self._tell_what_is_missing(rows)
         # Up to 4.x ``generate`` repeats a prompt with its pixels, so that copies are encoded.
         copies = len(rows) // prompts.rows if prompts.rows and len(rows) % prompts.rows == 0 else 1
         layout = VisualLayout(tuple(tuple(seen.item for seen in row) for row in rows[::copies]))
         text = partial(self._text_counts, prompts, visual, len(layout.rows))
         plan = self.plan_for(layout, text() if self.needs_text else [0] * len(layout.rows))
+        if plan.keep < plan.total:
+            self._tell_what_is_missing(rows)
         selection = select(
             self.request.methods.vision, plan.repeated(copies), rows, device, self._texts(prompts, copies)
         )

@@ -17,7 +17,7 @@ from ..errors import PatchError
 from ..families.base import Family
 from ..layout import Modality, VisualItem
 from ..pruner import Attention, Finer, Pruner
-from .beside import NOTHING, Beside
+from .beside import NOTHING, ONCE, Beside, Repeated
 from .clock import Interval
 from .local import CallLocal
 from .precision import as_the_model
@@ -154,6 +154,7 @@ class Observer:
         kwargs: Any,
         known: Known = (),
         beside: Beside = NOTHING,
+        repeated: Repeated = ONCE,
     ) -> tuple[Any, Observation]:
         """Run the encoder and account for what it showed.
 
@@ -164,6 +165,7 @@ class Observer:
             kwargs: Same.
             known: What was read of them before.
             beside: What the user laid beside the prompts.
+            repeated: How the prompts were repeated since.
 
         Raises:
             LayoutError: The features do not have the length the layout says, or what was laid beside belongs to other
@@ -171,7 +173,7 @@ class Observer:
         """
         inputs = on_host(self.family, modality, bound_arguments(call, args, kwargs), known)
         items = self.family.items(self.base, modality, inputs)
-        laid = beside.laid(self.base, self.family, modality, items)
+        laid = beside.laid(self.base, self.family, modality, items, repeated)
         for sink in self.sinks.values():
             sink.start()
         if self.hidden:

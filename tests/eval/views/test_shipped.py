@@ -11,7 +11,7 @@ from vlm_budget.errors import UnknownNameError
 from vlm_budget.eval import views
 from vlm_budget.eval.views import card
 from vlm_budget.eval.views.export import WEIGHTS
-from vlm_budget.eval.views.held_out import SETS, Sample, pictures, score, summarise
+from vlm_budget.eval.views.held_out import SETS, Sample, pictures, prepare, score, summarise
 from vlm_budget.eval.views.modeling import VOCAB
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "views_training.json"
@@ -34,7 +34,7 @@ def samples(request: pytest.FixtureRequest) -> tuple[str, Sequence[Sample]]:
 
 def test_fresh_scenes_are_answered_as_well_as_recorded(loaded: Loaded, samples: tuple[str, Sequence[Sample]]) -> None:
     task, scenes = samples
-    row = summarise(scenes, score(loaded[0], scenes))["all"]
+    row = summarise(scenes, score(loaded[0], prepare(loaded[0], scenes)))["all"]
     recorded = json.loads(RESULTS.read_text())["test"][task]["whole"]["all"]["accuracy"]
     assert recorded >= BAR
     assert row["accuracy"] >= recorded - 3 * row["se"], (task, row)
@@ -44,7 +44,7 @@ def test_fresh_scenes_are_answered_as_well_as_recorded(loaded: Loaded, samples: 
 def test_generate_answers_with_one_word_and_stops(loaded: Loaded, samples: tuple[str, Sequence[Sample]]) -> None:
     model, processor = loaded
     task, scenes = samples
-    expected = score(model, scenes[:2])
+    expected = score(model, prepare(model, scenes[:2]))
     for sample, rights in zip(scenes[:2], expected, strict=True):
         shown = [Image.fromarray(picture) for picture in pictures(sample)]
         for question, right in zip(sample.questions[:3], rights, strict=False):

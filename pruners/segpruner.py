@@ -50,7 +50,7 @@ class SeGPruner(Pruner):
         super().__post_init__()
         for name in ("saliency_ratio", "weight"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
                 raise OptionError(f"{name} must be a number in [0, 1], got {value!r}")
         if self.scope not in ("scene", "view"):
             raise OptionError(f"scope must be 'scene' or 'view', got {self.scope!r}")
@@ -159,7 +159,8 @@ def diverse(
     order = (~located).long().argsort(stable=True)  # of equally far tokens, copies come last
     located, features, xyz = located[order], features[order], xyz[order]
     rank = torch.arange(size, device=device)
-    first = _by_place(*(rows[rank.where(located, 0)] for rows in (features, xyz)), min(k, most), weight)
+    there = rank.where(located, 0)
+    first = _by_place(features[there], xyz[there], min(k, most), weight)
     # Who was not chosen comes behind those of its kind that were: it is only wanted where copies were chosen.
     key = torch.where(located, size + rank, 3 * size + rank)
     key = key.scatter(0, first, torch.where(located[first], rank[: len(first)], key[first]))

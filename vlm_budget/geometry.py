@@ -72,10 +72,9 @@ class Fit:
         if self.kind == "crop":
             # As transformers resizes a short edge: the long one is rounded down.
             new = [self.side if n == min(size) else int(self.side * n / min(size)) for n in size]
-            (top, bottom), (left, right) = (
-                ((m - self.side) // 2 * n / m, ((m - self.side) // 2 + self.side) * n / m)
-                for n, m in zip(size, new, strict=True)
-            )
+            starts = [(m - self.side) // 2 for m in new]
+            top, left = (start * n / m for start, n, m in zip(starts, size, new, strict=True))
+            bottom, right = ((start + self.side) * n / m for start, n, m in zip(starts, size, new, strict=True))
             return left, top, right, bottom
         return 0.0, 0.0, float(width), float(height)
 

@@ -18,10 +18,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.progress import track
 
 from vlm_budget.eval.record import environment, write_json
@@ -159,7 +161,7 @@ def search_table(scorer_: ClipScorer, samples: Sequence[clips.ClipSample]) -> di
             targets = clues(question.prompt)
             table = scorer_.score(pictures, targets)
             result = search(
-                lambda indices, table=table: table[list(indices)],
+                partial(_rows, table),
                 clips.FRAMES,
                 targets=len(targets),
                 keep=KEPT,
@@ -181,6 +183,11 @@ def search_table(scorer_: ClipScorer, samples: Sequence[clips.ClipSample]) -> di
             for name, each in found.items()
         },
     }
+
+
+def _rows(table: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+    """A look at a clip whose frames are all scored."""
+    return table[list(indices)]
 
 
 def queries_of(sample: clips.ClipSample) -> list[Query]:

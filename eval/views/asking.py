@@ -39,7 +39,7 @@ class Model:
     def inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image], video: bool) -> dict[str, torch.Tensor]:
         """A batch that asks everything of the same pictures; all prompts have as many words."""
         token = self.processor.video_token if video else self.processor.image_token * len(pictures)
-        shown = {"videos": [list(pictures)]} if video else {"images": list(pictures)}
+        shown = {"videos" if video else "images": [list(pictures)]}
         first = dict(self.processor(text=[f"{token} {prompts[0]}"], return_tensors="pt", **shown))
         tail = len(self.processor.tokenizer(prompts[0], add_special_tokens=False).input_ids)
         rows = [self.processor.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]

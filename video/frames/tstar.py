@@ -265,7 +265,8 @@ def _clock(times: Sequence[float] | None, frames: int) -> np.ndarray:
 
 def _number(name: str, value: Any, top: float = math.inf) -> float:
     """The value, where it is a finite number in [0, top]."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= top or not math.isfinite(value):
+    known = isinstance(value, Real) and not isinstance(value, bool)
+    if not known or not 0 <= float(value) <= top or not math.isfinite(value):
         raise OptionError(
             f"{name} must be a finite number {'from 0 on' if top == math.inf else f'in [0, {top}]'}, got {value!r}"
         )

@@ -361,7 +361,7 @@ def check_request(
 
 def _scorer(scorer: Any, device: str) -> FrameScorer | None:
     if scorer is None or hasattr(scorer, "score"):
-        return scorer  # type: ignore[no-any-return]
+        return scorer
     return load_scorer(scorer, device) if isinstance(scorer, str) else GivenScores(scorer)
 
 

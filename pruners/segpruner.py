@@ -6,8 +6,10 @@ depth, poses and intrinsics laid beside the prompt, see :meth:`vlm_budget.PatchH
 
 Ours, for the paper chooses view by view and says nothing of views without geometry:
 
-* ``scope="scene"`` makes one choice among all views, so that what two views show is kept once. Scores of pictures of
-  different sizes are compared in multiples of their mean. ``scope="view"`` is the paper's.
+* ``scope="scene"`` makes one choice among all views, and what two views show is kept once: a token repeats one of
+  another view that lies closer to it than a share (``repeats``) of its own spacing, the distance to its nearest
+  neighbour in its view; of the two, the one of the finer spacing stays. Scores of pictures of different sizes are
+  compared in multiples of their mean. ``scope="view"`` is the paper's.
 * Tokens that lie nowhere come behind all that lie somewhere, and among themselves by features alone; where none lies
   anywhere, that is all there is.
 * The share of salient tokens is not stated; 0.35 is that of a re-implementation by others (not verified).
@@ -15,6 +17,7 @@ Ours, for the paper chooses view by view and says nothing of views without geome
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -35,11 +38,14 @@ class SeGPruner(Pruner):
         saliency_ratio: Share of the kept tokens that attention chooses, rounded down.
         weight: Share of the places in the distance (the paper's lambda): 0 is meaning alone, 1 places alone.
         scope: ``"scene"`` makes one choice among all views of a prompt; ``"view"`` one in each.
+        repeats: Of a scene, a token closer to one of another view than this share of its spacing repeats it, and is
+            only kept where all others are; 0 looks for none.
     """
 
     saliency_ratio: float = 0.35
     weight: float = 0.5
     scope: Literal["scene", "view"] = "scene"
+    repeats: float = 0.5
 
     paper = "arXiv 2603.29437"
     reads_hidden = True
@@ -48,7 +54,7 @@ class SeGPruner(Pruner):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        for name in ("saliency_ratio", "weight"):
+        for name in ("saliency_ratio", "weight", "repeats"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
                 raise OptionError(f"{name} must be a number in [0, 1], got {value!r}")
@@ -101,7 +107,44 @@ class SeGPruner(Pruner):
         )
         scores = torch.cat([_in_means(each, need)[each.candidates] for each in contexts])
         tokens = ctx.there(_end_to_end(contexts, [each.item.candidates for each in contexts]))
-        return tokens[choose(features, scores, _places(contexts), k, self.saliency_ratio, self.weight)]
+        xyz = _places(contexts)
+        if xyz is None or not self.joint or not self.repeats:
+            return tokens[choose(features, scores, xyz, k, self.saliency_ratio, self.weight)]
+        again = repeated(xyz, [len(each.item.candidates) for each in contexts], self.repeats)
+        chosen, wanted = [], k
+        for kind in ((~again).nonzero().flatten(), again.nonzero().flatten()):
+            mine, count = ctx.there(kind), min(wanted, len(kind))
+            if count:
+                ranked = choose(features[mine], scores[mine], xyz[kind], count, self.saliency_ratio, self.weight)
+                chosen.append(mine[ranked])
+            wanted -= count
+        return tokens[torch.cat(chosen)]
+
+
+def repeated(xyz: torch.Tensor, sizes: Sequence[int], share: float) -> torch.Tensor:
+    """Which tokens show a place that another view shows as finely or finer.
+
+    Args:
+        xyz: [n, 3] on the CPU, view after view, NaN where a token lies nowhere.
+        sizes: Tokens of every view.
+        share: Of a token's spacing, within which a token of another view is at the same place.
+
+    Returns:
+        [n] bool. Of tokens at one place and equally fine, the first is no repetition.
+    """
+    view = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), torch.tensor(sizes, device="cpu"))
+    order = torch.arange(len(xyz), device="cpu")
+    places = xyz.double().nan_to_num(math.inf)
+    own = [torch.cdist(part, part).nan_to_num(math.inf).fill_diagonal_(math.inf) for part in places.split(list(sizes))]
+    spacing = torch.cat([table.amin(1) if len(table) else table.new_zeros(0) for table in own])
+    found = []
+    for mine in order.split(list(sizes)):
+        apart = torch.cdist(places[mine], places)
+        finer = (spacing < spacing[mine, None]) | ((spacing == spacing[mine, None]) & (order < mine[:, None]))
+        reach = torch.where(spacing[mine].isfinite(), share * spacing[mine], 0)  # a view's only token repeats nothing
+        close = apart < reach[:, None]  # never of what lies nowhere: that is infinitely far from all, or NaN
+        found.append((close & finer & (view != view[mine, None])).any(1))
+    return torch.cat(found)
 
 
 def choose(

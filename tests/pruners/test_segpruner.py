@@ -18,7 +18,7 @@ from vlm_budget.errors import BudgetError, OptionError
 from vlm_budget.geometry import token_coordinates
 from vlm_budget.layout import VisualItem
 from vlm_budget.pruner import Attention, Context, unprojected
-from vlm_budget.pruners.segpruner import SeGPruner, choose
+from vlm_budget.pruners.segpruner import SeGPruner, choose, repeated
 
 NEED = Attention(22, "received")
 NOWHERE = [math.nan] * 3
@@ -109,7 +109,7 @@ def test_a_view_follows_the_formulas(ratio: float, weight: float) -> None:
 @pytest.mark.parametrize("weight", [0, 0.5, 1])
 @pytest.mark.parametrize("ratio", [0, 0.35, 1])
 def test_a_scene_is_one_set_of_tokens(ratio: float, weight: float) -> None:
-    pruner = SeGPruner(saliency_ratio=ratio, weight=weight)
+    pruner = SeGPruner(saliency_ratio=ratio, weight=weight, repeats=0)
     contexts = [*views(3), view(make.single(2, 5), 7, order=3)]
     for k in (1, 5, 17, 36):
         assert pruner.select_prompt(contexts, k).keep.tolist() == scene(contexts, k, pruner)
@@ -145,7 +145,7 @@ def test_without_geometry_meaning_alone_counts() -> None:
     pruner = SeGPruner(weight=0.7)
     bare = [replace(ctx, xyz=None) for ctx in contexts]
     unknown = [replace(ctx, xyz=torch.full_like(ctx.xyz, math.nan)) for ctx in contexts]  # type: ignore[arg-type]
-    expected = SeGPruner(weight=0).select_prompt(contexts, 9).keep
+    expected = SeGPruner(weight=0, repeats=0).select_prompt(contexts, 9).keep
     for given_ in (bare, unknown):
         assert torch.equal(pruner.select_prompt(given_, 9).keep, expected)
     assert not torch.equal(pruner.select_prompt(contexts, 9).keep, expected)
@@ -155,7 +155,7 @@ def test_a_view_without_geometry_is_only_asked_when_the_others_are_used_up() -> 
     contexts = views(3)
     for xyz in (None, torch.full((9, 3), math.nan)):
         mixed = [contexts[0], replace(contexts[1], xyz=xyz), contexts[2]]
-        pruner = SeGPruner(saliency_ratio=0)
+        pruner = SeGPruner(saliency_ratio=0, repeats=0)
         for k in (4, 18):
             assert not ((pruner.select_prompt(mixed, k).keep // 9) == 1).any()
         assert ((pruner.select_prompt(mixed, 20).keep // 9) == 1).sum() == 2
@@ -168,9 +168,10 @@ def test_at_zero_places_do_not_matter_and_at_one_nothing_else_does() -> None:
     contexts = views(4)
     other = [replace(ctx, xyz=ctx.xyz.flip(0)) for ctx in contexts]  # type: ignore[union-attr]
     renamed = [replace(ctx, hidden=ctx.hidden.flip(0)) for ctx in contexts]  # type: ignore[union-attr]
-    keep = {w: SeGPruner(weight=w, saliency_ratio=0).select_prompt(contexts, 10).keep for w in (0, 0.5, 1)}
+    by = {weight: SeGPruner(weight=weight, saliency_ratio=0, repeats=0) for weight in (0, 0.5, 1)}
+    keep = {weight: pruner.select_prompt(contexts, 10).keep for weight, pruner in by.items()}
     for weight, changed, same in ((0, other, True), (0, renamed, False), (1, other, False), (1, renamed, True)):
-        found = SeGPruner(weight=weight, saliency_ratio=0).select_prompt(changed, 10).keep
+        found = by[weight].select_prompt(changed, 10).keep
         assert torch.equal(found, keep[weight]) == same
     assert not torch.equal(keep[0], keep[0.5]) and not torch.equal(keep[0.5], keep[1])
 
@@ -181,7 +182,7 @@ def test_at_one_it_is_farthest_point_sampling_in_space() -> None:
     chosen = [int(scores.argmax())]
     while len(chosen) < 8:
         chosen.append(int(torch.cdist(xyz, xyz[chosen]).amin(1).argmax()))
-    found = SeGPruner(weight=1, saliency_ratio=0).select_prompt(contexts, 8).keep
+    found = SeGPruner(weight=1, saliency_ratio=0, repeats=0).select_prompt(contexts, 8).keep
     assert found.tolist() == sorted(positions[token] for token in chosen)
 
 
@@ -214,16 +215,47 @@ def test_of_two_planes_both_are_covered_however_alike_their_tokens_look() -> Non
 
 
 def test_what_a_second_view_repeats_is_kept_once() -> None:
+    """By neither stage, until there is nothing else."""
     item = make.single(5)
     one, other = view(item, 1), view(item, 2, order=1)
     again = replace(one, order=2)
-    pruner = SeGPruner(saliency_ratio=0)
-    for k in (5, 20, 40, 50):
-        kept = pruner.select_prompt([one, other, again], k).keep
-        assert torch.equal(kept, pruner.select_prompt([one, other], k).keep), "nothing of the copy"
+    assert one.xyz is not None and other.xyz is not None
+    new = int((~repeated(torch.cat([one.xyz, other.xyz]), [25, 25], 0.5)).sum())
+    assert 25 < new <= 50
+    for pruner in (SeGPruner(), SeGPruner(saliency_ratio=0), SeGPruner(saliency_ratio=1)):
+        for k in (5, 20, new):
+            kept = pruner.select_prompt([one, other, again], k).keep
+            assert torch.equal(kept, pruner.select_prompt([one, other], k).keep), "nothing of the copy"
+        assert (pruner.select_prompt([one, other, again], new + 3).keep < 75).sum() == new + 3
     # View by view, every view is given as much.
     by_view = SeGPruner(saliency_ratio=0, scope="view")
     assert torch.equal(by_view.select(again, 6).keep, by_view.select(one, 6).keep)
+
+
+@pytest.mark.parametrize("sizes", [[9, 9, 9], [1, 16, 4], [7], [1, 1], [12, 0, 3]])
+@pytest.mark.parametrize("share", [0.25, 0.5, 2.0])
+def test_a_repetition_is_closer_to_a_finer_token_than_to_its_neighbours(sizes: list[int], share: float) -> None:
+    made = torch.Generator().manual_seed(sum(sizes))
+    scale = torch.cat([torch.full((size, 1), 0.5 + index) for index, size in enumerate(sizes)])
+    xyz = torch.rand(sum(sizes), 3, generator=made) * scale
+    xyz[1::7] = math.nan
+    owner = [index for index, size in enumerate(sizes) for _ in range(size)]
+
+    def apart(one: int, two: int) -> float:
+        distance = math.dist(xyz[one].tolist(), xyz[two].tolist())
+        return math.inf if math.isnan(distance) else distance
+
+    tokens = range(len(xyz))
+    spacing = [min((apart(i, j) for j in tokens if j != i and owner[j] == owner[i]), default=math.inf) for i in tokens]
+    slow = [
+        any(
+            owner[j] != owner[i] and apart(i, j) < share * spacing[i] and (spacing[j], j) < (spacing[i], i)
+            for j in tokens
+        )
+        and math.isfinite(spacing[i])
+        for i in tokens
+    ]
+    assert repeated(xyz, sizes, share).tolist() == slow
 
 
 def test_the_same_wall_from_two_places_is_covered_once() -> None:
@@ -232,9 +264,11 @@ def test_the_same_wall_from_two_places_is_covered_once() -> None:
     near, beside = (view(item, 4, plane_view(item, 5.0, right), order) for order, right in ((0, 0.0), (1, 3.0)))
     assert near.xyz is not None and beside.xyz is not None
     seen = {tuple(place) for place in near.xyz.mul(100).round().tolist()}
-    repeated = torch.tensor([tuple(place) in seen for place in beside.xyz.mul(100).round().tolist()])
-    assert int(repeated.sum()) == 18
-    kept = SeGPruner(saliency_ratio=0, weight=1).select_prompt([near, beside], 54).keep
+    twice = torch.tensor([tuple(place) in seen for place in beside.xyz.mul(100).round().tolist()])
+    assert int(twice.sum()) == 18
+    both = repeated(torch.cat([near.xyz, beside.xyz]), [36, 36], 0.5)
+    assert both.sum() == 18
+    kept = SeGPruner(saliency_ratio=0, weight=1, repeats=0).select_prompt([near, beside], 54).keep
     places = torch.cat([near.xyz, beside.xyz])[kept].mul(100).round()
     assert len(places.unique(dim=0)) == 54, "36 and the new half of 36"
 

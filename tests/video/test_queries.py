@@ -118,6 +118,8 @@ def test_lists_as_models_write_them_are_read(written: str, found: tuple[str, ...
         "[" * 300,
         "-" * 3000 + "1",
         "1" + "+1" * 1500,
+        '{{"mug"}}',
+        '{{"a": 1}: 2}',
     ],
 )
 def test_what_is_no_thing_to_look_for_is_left_out(
@@ -128,6 +130,11 @@ def test_what_is_no_thing_to_look_for_is_left_out(
     assert clues == ()
     assert "left out" in note
     assert list(tmp_path.iterdir()) == []  # type: ignore[attr-defined]
+
+
+def test_an_escape_that_no_language_knows_is_read_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    assert read_clues(steps("['a\\d', 'mug']")) == (("mug",), "left out 1 of the model's entries")
+    assert not recwarn.list
 
 
 def test_good_entries_stand_beside_bad_ones() -> None:
@@ -163,6 +170,7 @@ def test_many_entries_are_cut_at_the_most() -> None:
         (" \n", "not empty"),
         (None, "not empty"),
         (3, "not empty"),
+        ("what \udcff is", "UTF-8"),
     ],
 )
 def test_unusable_questions_are_refused_before_the_model_is_asked(question: object, message: str) -> None:
@@ -179,9 +187,12 @@ def test_a_query_is_checked_like_its_question() -> None:
     for text in ("", "x" * 10_000):
         with pytest.raises(OptionError):
             as_query(Query(text, targets=("mug",)))
+    for wrong in ("mug", ("",), (7,)):
+        with pytest.raises(OptionError, match="cues of a query are a list of texts"):
+            as_query(Query(QUESTION, cues=wrong))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("entries", [["<image>"], [""], ["x" * 65], [f"thing {n}" for n in range(MOST_CLUES + 1)]])
+@pytest.mark.parametrize("entries", ["mug", ["<image>"], [""], ["x" * 65], [f"thing {n}" for n in range(MOST_CLUES + 1)]])
 def test_things_a_user_names_are_checked(entries: list[str]) -> None:
     assert given_clues(["mug", " a  sink "]) == ("mug", "a sink")
     with pytest.raises(OptionError):

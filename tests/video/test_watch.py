@@ -230,6 +230,7 @@ def test_text_goes_through_the_model_without_a_picture(onevision: Any) -> None:
         ({"budget": 0}, BudgetError, "above 0"),
         ({"question": "x" * 10_000}, OptionError, "10,000 characters"),
         ({"question": "what <video> is"}, OptionError, "stands for a picture"),
+        ({"question": "<image>", "scorer": Brightness(), "decoupled": "entities"}, OptionError, "stands for a picture"),
         ({"scorer": [*SCORES[:7], float("nan")]}, FrameScoreError, "NaN"),
         ({"scorer": SCORES[:5]}, FrameScoreError, "5 scores were given for 8 frames"),
         ({"source": []}, VideoError, "not empty"),

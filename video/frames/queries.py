@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -53,11 +54,13 @@ def check_question(question: Any) -> str:
     """A question with its ends trimmed.
 
     Raises:
-        OptionError: It is no text, is empty, or is longer than 4,000 characters.
+        OptionError: It is no text, is empty, is longer than 4,000 characters, or holds half a character.
     """
     if not isinstance(question, str) or not question.strip():
         raise OptionError(f"a question is a text that is not empty, got {question!r:.80}")
     question = question.strip()
+    if any("\ud800" <= letter <= "\udfff" for letter in question):  # what a shell's stray bytes become
+        raise OptionError(f"the question is no text that can be written as UTF-8: {question!r:.80}")
     if len(question) > LONGEST_QUESTION:
         raise OptionError(
             f"the question has {len(question):,} characters, and frames are scored against at most "
@@ -70,10 +73,14 @@ def as_query(question: str | Query) -> Query:
     """A question as a query that looks for the question itself; a query as it is.
 
     Raises:
-        OptionError: No usable question.
+        OptionError: No usable question, or what to look for is no list of texts.
     """
     if isinstance(question, Query):
         check_question(question.text)
+        for name in ("targets", "cues", "events"):
+            entries = getattr(question, name)
+            if isinstance(entries, str) or not all(isinstance(entry, str) and entry.strip() for entry in entries):
+                raise OptionError(f"{name} of a query are a list of texts that are not empty, got {entries!r:.80}")
         return question
     return Query(check_question(question))
 
@@ -161,8 +168,10 @@ def given_clues(entries: Sequence[str]) -> tuple[str, ...]:
     """Things to look for that a user named.
 
     Raises:
-        OptionError: One is empty, too long, no plain text, or there are too many.
+        OptionError: One is empty, too long, no plain text, there are too many, or they are one text instead of a list.
     """
+    if isinstance(entries, str):
+        raise OptionError(f"things to look for are a list of texts, got {entries!r:.80}")
     for entry in entries:
         clues, _ = _clean([entry])
         if not clues:
@@ -221,8 +230,10 @@ def read_clues(text: Any) -> tuple[tuple[str, ...], str]:
 def _entries(inner: str) -> list[Any]:
     for read in (json.JSONDecoder(strict=False).decode, ast.literal_eval):
         try:
-            return list(read(f"[{inner}]"))
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of escapes that Python does not know
+                return list(read(f"[{inner}]"))
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # TypeError: a set of sets
             continue
     return [part.strip().strip("\"'") for part in inner.split(",")]
 

@@ -22,6 +22,7 @@ from vlm_budget.prompts import build_inputs
 from vlm_budget.registry import PRUNERS
 
 from .answering import Asked, answer_frames
+from .prompting import plain
 from .queries import Kind, Query, as_query, decouple
 from .reader import Frame, Video
 from .sampling import dynamic_frames, whole
@@ -160,6 +161,7 @@ def watch(
     """
     query, spend = check_request(question, method, budget, scorer, frames)
     find_family(model)
+    plain(processor, query.text)
     clock = _Clock(progress)
     with clock.stage("load"):
         judge = _scorer(scorer, str(model.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ class Views:
     """Geometry of a batch's pictures, in the order of their placeholders.
 
     Attributes:
-        given: As :meth:`vlm_budget.PatchHandle.views` has it.
+        given: As :meth:`vlm_budget.PatchHandle.views` has it; copies, so that what the user fills anew does not follow.
         count: Pictures they are of.
     """
 
@@ -79,7 +80,8 @@ class Views:
         Raises:
             GeometryError: It cannot be geometry of any pictures.
         """
-        return cls(given, check_views(**given))
+        own = {name: _copied(value) for name, value in given.items()}
+        return cls(own, check_views(**own))
 
     def coordinates(
         self, base: nn.Module, family: Family, items: Sequence[VisualItem], repeated: Repeated = ONCE
@@ -187,13 +189,21 @@ class Laid:
 NOTHING = Beside()
 
 
+def _copied(given: Any) -> Any:
+    if isinstance(given, torch.Tensor):
+        return given.detach().clone()
+    if type(given) in (list, tuple):
+        return type(given)(_copied(one) for one in given)
+    return copy.copy(given)
+
+
 def _is_vector(one: Any) -> bool:
     return isinstance(one, torch.Tensor) and one.ndim > 0 or isinstance(one, Sequence) or getattr(one, "ndim", 0) > 0
 
 
 def _vector(scores: Any) -> torch.Tensor:
     try:
-        found = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
+        found = torch.as_tensor(scores, dtype=torch.float32).detach().cpu().clone()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise FrameScoreError(f"scores must be numbers, one per frame, got {scores!r:.80}: {error}") from error
     if found.ndim != 1 or not len(found):

@@ -141,14 +141,11 @@ class Boundary:
         if getattr(local, "encoding", False):
             return call(*args, **kwargs)  # Qwen3-VL encodes videos through its image encoder
         interval = Interval(self._device)
-        given = getattr(local, "given", None)
-        inside, repeated = (
-            self._generating is not None or given is not None,
-            Repeated.of(self._generating, given, modality),
-        )
+        generating, given = self._generating, getattr(local, "given", None)
+        known = () if generating is None and given is None else getattr(local, "known", ())
+        repeated = Repeated.of(generating, given, modality)
         local.encoding = True
         try:
-            known = getattr(local, "known", ()) if inside else ()
             output, seen = self.observer.observe(modality, call, args, kwargs, known, self.beside, repeated)
         finally:
             local.encoding = False

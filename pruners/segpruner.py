@@ -133,18 +133,30 @@ def repeated(xyz: torch.Tensor, sizes: Sequence[int], share: float) -> torch.Ten
         [n] bool. Of tokens at one place and equally fine, the first is no repetition.
     """
     view = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), torch.tensor(sizes, device="cpu"))
-    order = torch.arange(len(xyz), device="cpu")
-    places = xyz.double().nan_to_num(math.inf)
-    own = [torch.cdist(part, part).nan_to_num(math.inf).fill_diagonal_(math.inf) for part in places.split(list(sizes))]
-    spacing = torch.cat([table.amin(1) if len(table) else table.new_zeros(0) for table in own])
-    found = []
-    for mine in order.split(list(sizes)):
-        apart = torch.cdist(places[mine], places)
-        finer = (spacing < spacing[mine, None]) | ((spacing == spacing[mine, None]) & (order < mine[:, None]))
-        reach = torch.where(spacing[mine].isfinite(), share * spacing[mine], 0)  # a view's only token repeats nothing
-        close = apart < reach[:, None]  # never of what lies nowhere: that is infinitely far from all, or NaN
-        found.append((close & finer & (view != view[mine, None])).any(1))
-    return torch.cat(found)
+    places = xyz.double()
+    lies = places.isfinite().all(1)
+    places = places - places[lies].mean(0)  # squares of small numbers are exact enough
+    spacing = torch.cat([_spacing(part) for part in places.split(list(sizes))])
+    reach = torch.where(spacing.isfinite(), share * spacing, -1)  # a view's only token repeats nothing
+    squares = places.square().sum(1)
+    again = torch.zeros(len(xyz), dtype=torch.bool, device="cpu")
+    for index, mine in enumerate(torch.arange(len(xyz), device="cpu").split(list(sizes))):
+        apart = torch.addmm(squares, places[mine], places.T, alpha=-2).add_(
+            squares[mine, None]
+        )  # NaN where one lies not
+        one, other = (apart < (reach[mine] * reach[mine].abs())[:, None]).nonzero().unbind(1)
+        one = mine[one]
+        finer = (spacing[other] < spacing[one]) | ((spacing[other] == spacing[one]) & (other < one))
+        again[one[finer & (view[other] != index)]] = True
+    return again
+
+
+def _spacing(places: torch.Tensor) -> torch.Tensor:
+    """[m] distance of every token of a view to its nearest neighbour; infinite or NaN where there is none."""
+    if len(places) < 2:
+        return places.new_full((len(places),), math.inf)
+    apart = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf)
+    return apart.nan_to_num(math.inf).amin(1)
 
 
 def choose(

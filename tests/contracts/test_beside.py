@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import synthetic_items
 import vlm_budget
 from tiny_models import Tiny, row_inputs
 from tiny_parts import FLOOR, SIDE, VIDEO, batch, run, sizes
 from vlm_budget import FrameScoreError, GeometryError, PatchError, PatchHandle
+from vlm_budget.engine.beside import Beside, FrameScores, Repeated, Views
 from vlm_budget.layout import Modality, VisualItem
 from vlm_budget.models import find_family, layout_of
 
@@ -155,7 +158,90 @@ def test_scores_of_other_frames_are_refused_before_the_tower_runs(name: str) -> 
         assert counted == [2 if "pixel_values" in tiny.inputs else 0], "pictures are encoded before videos"
 
 
-@pytest.mark.parametrize("scores", [[], "abc", [[]], 0.5, [0.1, float("nan")], [float("inf")], [-0.1, 1], [[1.0], "x"]])
+@pytest.mark.parametrize(("method", "name"), [("segpruner", "llava"), ("quota", "llava"), ("quota", "qwen2_vl_video")])
+def test_fewer_than_the_prompts_hold_are_no_copies_even_where_they_divide(method: str, name: str) -> None:
+    tiny = fresh(name)
+    things, counted = beside(tiny), calls(tiny)
+    with vlm_budget.patch(tiny.model, method, BUDGET) as handle:
+        if method == "segpruner":
+            handle.views(token_xyz=things["xyz"][:1])
+        else:
+            handle.frames(things["scores"][:1], of=frames_of(tiny))
+        with pytest.raises((GeometryError, FrameScoreError), match=f"the prompts hold {len(sum(items_of(tiny), []))}"):
+            tiny.model(**tiny.clone())
+        with pytest.raises((GeometryError, FrameScoreError)):
+            generate(tiny.model, tiny.clone(), num_beams=2)
+    assert counted == [0]
+
+
+def test_prompts_repeated_with_their_pixels_keep_what_was_laid_beside() -> None:
+    """As ``generate`` does up to 4.x: Qwen-VL repeats all pictures of a prompt, LLaVA every picture."""
+    one, two, three = (synthetic_items.single(side) for side in (2, 3, 4))
+    xyz = [torch.rand(item.size, 3) for item in (one, two, three)]
+    model = fresh("llava").model
+    _, base, family = find_family(model)
+    laid = Beside(views=Views.of(token_xyz=xyz), scores=FrameScores.of([1.0, 2.0, 3.0], "image"))
+    by_prompt = laid.laid(base, family, "image", [one, two, one, two, three, three], Repeated(2, (4 + 9, 16)))
+    each = laid.laid(base, family, "image", [one, one, two, two, three, three], Repeated(2))
+    for found, order in ((by_prompt, [0, 1, 0, 1, 2, 2]), (each, [0, 0, 1, 1, 2, 2])):
+        assert found.xyz is not None and found.scores is not None
+        assert all(torch.equal(table, xyz[index]) for table, index in zip(found.xyz, order, strict=True))
+        assert [float(score) for score in found.scores] == [index + 1.0 for index in order]
+    for times in (1, 3):
+        with pytest.raises(GeometryError, match="3 pictures, the prompts hold 6"):
+            laid.laid(base, family, "image", [one, two, one, two, three, three], Repeated(times, (4 + 9, 16)))
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_what_was_laid_beside_is_a_copy(kind: Any) -> None:
+    tiny = fresh("llava")
+    xyz, scores = [kind(table.numpy()) for table in beside(tiny)["xyz"]], kind([0.25, 0.5, 1.0], dtype=kind(0.5).dtype)
+    for method, given in (("segpruner", xyz), ("quota", [scores])):
+        with vlm_budget.patch(tiny.model, method, BUDGET) as handle, torch.no_grad():
+            handle.views(token_xyz=given) if method == "segpruner" else handle.frames(scores)
+            expected = tiny.model(**tiny.clone()).logits
+            for each in given:
+                each[:] = each[::-1].copy() if isinstance(each, np.ndarray) else each.flip(0)
+            assert torch.equal(tiny.model(**tiny.clone()).logits, expected)
+
+
+def test_arrays_turned_over_are_read(llava: Tiny) -> None:
+    depth = np.linspace(1, 4, 3 * 8 * 8).reshape(3, 8, 8)
+    given: dict[str, Any] = {"pose": np.eye(4)[None].repeat(3, 0), "intrinsics": np.diag([8.0, 8, 1])}
+    logits = []
+    with vlm_budget.patch(llava.model, "segpruner", BUDGET) as handle, torch.no_grad():
+        for turned in (np.flip(depth, 1), np.flip(depth, 1).copy()):
+            logits.append(handle.views(depth=turned, **given).model(**llava.clone()).logits)
+    assert torch.equal(*logits)
+
+
+def test_nothing_can_be_laid_beside_a_patch_that_is_gone(llava: Tiny) -> None:
+    xyz = beside(llava)["xyz"]
+    first = vlm_budget.patch(llava.model, "segpruner", BUDGET)
+    with vlm_budget.patch(llava.model, "quota", BUDGET) as second:
+        with pytest.raises(PatchError, match="replaced by a later one"):
+            first.views(token_xyz=xyz)
+    with pytest.raises(PatchError, match="this patch was undone"):
+        second.frames([1.0, 2.0, 3.0])
+
+
+def test_what_says_nothing_without_depth_does_not_take_the_views_away(llava: Tiny) -> None:
+    with vlm_budget.patch(llava.model, "segpruner", BUDGET) as handle:
+        for alone in ({"fit": "pad"}, {"size": (8, 8)}):
+            with pytest.raises(GeometryError, match="missing"):
+                handle.views(**alone)
+
+
+@pytest.mark.filterwarnings("error:.*beside the prompt")
+def test_where_all_stays_nothing_is_missing(llava: Tiny) -> None:
+    for method in ("segpruner", "quota"):
+        with vlm_budget.patch(llava.model, method, 1.0), torch.no_grad():
+            llava.model(**llava.clone())
+
+
+@pytest.mark.parametrize(
+    "scores", [[], "abc", [[]], 0.5, [0.1, float("nan")], [float("inf")], [-0.1, 1], [[1.0], "x"], [10**400]]
+)
 def test_what_is_no_scores_is_refused_at_once(llava: Tiny, scores: Any) -> None:
     with vlm_budget.patch(llava.model, "quota", BUDGET) as handle, pytest.raises(FrameScoreError):
         handle.frames(scores)

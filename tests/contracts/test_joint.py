@@ -85,6 +85,24 @@ def test_plans_say_so_and_come_back_equal(llava: Tiny) -> None:
         assert "joint" not in handle.plan(**llava.clone()).to_json()
 
 
+def test_the_method_at_hand_says_whether_items_are_promised_one_by_one(llava: Tiny) -> None:
+    plans = {}
+    for method in (Loudest(), "hired"):
+        with vlm_budget.patch(llava.model, method, BUDGET) as handle:
+            plans[str(handle.method)] = handle.plan(**llava.clone())
+    each, shared = plans["HiRED()"], plans["Loudest()"]
+    assert shared.joint and not each.joint
+    with vlm_budget.patch(llava.model, Loudest(), plan=each) as handle, torch.no_grad():
+        llava.model(**llava.clone())
+        kept = [len(item.positions) for item in handle.kept()]
+        assert handle.report().plan.joint and sum(kept[:2]) == each.items[0].keep + each.items[1].keep
+        assert kept[0] != each.items[0].keep, "the tokens were shared out evenly"
+    with vlm_budget.patch(llava.model, "hired", plan=shared) as handle, torch.no_grad():
+        llava.model(**llava.clone())
+        assert not handle.report().plan.joint
+        assert [len(item.positions) for item in handle.kept()] == [item.keep for item in shared.items]
+
+
 @pytest.mark.parametrize("name", ["llava", "llava_next", "internvl", "qwen2_vl", "llava_onevision_video"])
 def test_with_a_method_inside_the_language_model(name: str) -> None:
     if name not in tiny_models.SETUPS:

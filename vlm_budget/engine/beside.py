@@ -194,7 +194,7 @@ def _copied(given: Any) -> Any:
         return given.detach().clone()
     if type(given) in (list, tuple):
         return type(given)(_copied(one) for one in given)
-    return copy.copy(given)
+    return copy.copy(given) if hasattr(given, "__array__") else given
 
 
 def _is_vector(one: Any) -> bool:

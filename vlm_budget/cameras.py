@@ -125,6 +125,13 @@ def warn_of(planes: Sequence[torch.Tensor], poses: torch.Tensor) -> None:
             stacklevel=3,
         )
     known = [plane[plane.isfinite() & (plane > 0)] for plane in planes]
+    blind = [view for view, values in enumerate(known) if not len(values)]
+    if blind:
+        warnings.warn(
+            f"the depth of pictures {blind} is known nowhere: their tokens have no place in the world, and are told "
+            "apart by what they show alone.",
+            stacklevel=3,
+        )
     far = [view for view, values in enumerate(known) if len(values) and float(values.median()) > _FAR]
     if far:
         warnings.warn(

@@ -177,7 +177,7 @@ class PatchHandle:
         """Lay the geometry of posed pictures beside the next prompts, until other geometry is laid there.
 
         One view per picture, in the order of the placeholders over the whole batch. Called with nothing, it takes away
-        what lay there.
+        what lay there. All threads see the same: lay nothing new while another one runs a prompt.
 
         Args:
             depth: [V, H, W] metres along the optical axis, of the pictures before any resizing; 0, NaN and infinity
@@ -214,7 +214,7 @@ class PatchHandle:
     def frames(self, scores: Any = None, *, of: Modality | None = None) -> PatchHandle:
         """Lay relevance scores of frames beside the next prompts, until others are laid there.
 
-        Called with nothing, it takes away what lay there.
+        Called with nothing, it takes away what lay there. All threads see the same, as with :meth:`views`.
 
         Args:
             scores: One vector of numbers from 0 on per video, in the order of the placeholders over the whole batch (or

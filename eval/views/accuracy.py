@@ -1,8 +1,9 @@
 """What SeGPruner, QuoTA and T* do on nano-views' held-out rooms and clips, against their controls.
 
-``python -m vlm_budget.eval.views.accuracy --out benchmarks/results/views_accuracy.json``
+``python -m vlm_budget.eval.views.accuracy rooms|haystack|search`` writes ``benchmarks/results/views_PART.json``.
 
-* rooms: at each budget SeGPruner by scene and by view, its single stages, VisPruner, DivPrune, random and uniform.
+* rooms: SeGPruner by scene and by view, its single stages, VisPruner, DivPrune, random and uniform; and what keeping
+  the patches of things would give, which takes labels to know.
 * haystack: all tokens of evenly spread frames; QuoTA, by entities and by the raw question; the two controls of the
   same number of tokens (the same frames; more frames with fewer tokens each); fewer frames with all their tokens.
   The scorer's time stands beside the model's.
@@ -29,7 +30,7 @@ from rich.progress import track
 from vlm_budget.eval.record import environment, write_json
 from vlm_budget.eval.statistics import clustered
 from vlm_budget.eval.views import clips, folder, rooms, scorer
-from vlm_budget.eval.views.asking import Clip, Model, Room, ask_clips, ask_rooms
+from vlm_budget.eval.views.asking import Clip, Model, Room, Things, ask_clips, ask_rooms
 from vlm_budget.eval.views.modeling import FRAME_TOKENS
 from vlm_budget.eval.views.scorer.captions import clues
 from vlm_budget.pruner import Pruner
@@ -40,57 +41,62 @@ from vlm_budget.video.frames.queries import Query
 from vlm_budget.video.frames.scorers import FrameScorer
 from vlm_budget.video.frames.tstar import TStar, search
 
-ROOM_BUDGETS = (0.23, 0.09)
+PARTS = ("rooms", "haystack", "search")
+OURS = "segpruner, scene"
+ROOM_SETTINGS = ((0.09, "packed"), (0.09, "original"), (0.23, "original"))
 DRAWS = 3
 FRAMES = 32
 FULL = FRAMES * FRAME_TOKENS + 1
-CLIP_SHARES = (0.5, 0.25)
+CLIP_SHARES = (0.5, 0.25, 0.1)
 KEPT = 8
 
 
-def room_methods() -> dict[str, list[Pruner]]:
+def room_methods(positions: str) -> dict[str, list[Pruner]]:
     """Rows of the rooms' table; several methods of a row are draws whose mean counts."""
 
     def made(name: str, **options: Any) -> Pruner:
-        pruner: Pruner = PRUNERS.get(name)(**options)
+        pruner: Pruner = PRUNERS.get(name)(positions=positions, **options)
         return pruner
 
     return {
-        "segpruner, scene": [made("segpruner", scope="scene")],
+        OURS: [made("segpruner")],
+        "segpruner, repetitions kept": [made("segpruner", repeats=0.0)],
         "segpruner, view": [made("segpruner", scope="view")],
-        "saliency only, scene": [made("segpruner", scope="scene", saliency_ratio=1.0)],
-        "diversity only, scene": [made("segpruner", scope="scene", saliency_ratio=0.0)],
+        "saliency only, scene": [made("segpruner", saliency_ratio=1.0)],
+        "diversity only, scene": [made("segpruner", saliency_ratio=0.0)],
         "saliency only, view": [made("segpruner", scope="view", saliency_ratio=1.0)],
         "diversity only, view": [made("segpruner", scope="view", saliency_ratio=0.0)],
-        "segpruner without geometry": [made("segpruner", scope="scene", weight=0.0)],
+        "segpruner, no geometry": [made("segpruner", weight=0.0, repeats=0.0)],
         "vispruner": [made("vispruner")],
         "divprune": [made("divprune")],
         "uniform": [made("uniform")],
         "random": [made("random", seed=seed) for seed in range(DRAWS)],
+        "labels: patches of things": [Things(positions=positions)],
     }
 
 
-def rooms_table(model: Model, samples: Sequence[rooms.RoomSample], budgets: Sequence[float]) -> dict[str, Any]:
+def rooms_table(model: Model, samples: Sequence[rooms.RoomSample]) -> dict[str, Any]:
     """Accuracy of every method at every budget."""
     ready = [Room.of(model, sample) for sample in track(samples, description="rooms")]
     masks = masks_of(samples, rooms.TASKS)
     full = ask_rooms(model, ready, None, 1.0).astype(float)
     rows = []
-    for budget in budgets:
+    for budget, positions in ROOM_SETTINGS:
+        methods = room_methods(positions)
         values = {
             name: np.mean([ask_rooms(model, ready, one, budget) for one in draws], 0)
-            for name, draws in track(room_methods().items(), description=f"rooms at {budget:.0%}")
+            for name, draws in track(methods.items(), description=f"rooms at {budget:.0%}, {positions}")
         }
-        ours = values["segpruner, scene"]
-        for name, draws in room_methods().items():
+        for name, draws in methods.items():
             rows.append(
                 {
                     "method": name,
-                    "configured": str(draws[0]),
+                    "configured": type(draws[0]).__name__ if isinstance(draws[0], Things) else str(draws[0]),
                     "budget": budget,
+                    "positions": positions,
                     "accuracy": scores(values[name], masks),
                     "minus_full": scores(values[name] - full, masks),
-                    "segpruner_minus": scores(ours - values[name], masks),
+                    "segpruner_minus": scores(values[OURS] - values[name], masks),
                 }
             )
     shown = len(ready[0].inputs["input_ids"][0])
@@ -211,31 +217,30 @@ def main() -> None:
     from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/views_accuracy.json"))
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/views_PART.json")
     parser.add_argument("--checkpoint", type=Path, default=None, help="another training")
-    parser.add_argument("--rooms", type=int, default=200, help="rooms of six questions each")
-    parser.add_argument("--clips", type=int, default=200, help="clips of six questions each")
+    parser.add_argument("--scenes", type=int, default=200, help="rooms or clips of six questions each")
     parser.add_argument("--validation", action="store_true", help="other scenes, on which settings may be chosen")
     arguments = parser.parse_args()
-    path = arguments.checkpoint or folder()
+    path, part = arguments.checkpoint or folder(), arguments.part
+    seed = "VALIDATION_SEED" if arguments.validation else "TEST_SEED"
+    result: dict[str, Any] = {
+        "weights": hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest(),
+        "seeds": seed,
+        "environment": environment(),
+    }
     model = Model(
         LlavaOnevisionForConditionalGeneration.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
     )
-    frame_scorer = ClipScorer.load(str(scorer.folder()), "cpu")
-    pick = "VALIDATION_SEED" if arguments.validation else "TEST_SEED"
-    room_samples = rooms.test_set(arguments.rooms, getattr(rooms, pick))
-    clip_samples = clips.test_set(arguments.clips, getattr(clips, pick))
-    result = {
-        "weights": hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest(),
-        "seeds": pick,
-        "environment": environment(),
-        "rooms": rooms_table(model, room_samples, ROOM_BUDGETS),
-    }
-    write_json(arguments.out, result)
-    result["haystack"] = clips_table(model, frame_scorer, clip_samples)
-    write_json(arguments.out, result)
-    result["search"] = search_table(frame_scorer, clip_samples)
-    write_json(arguments.out, result)
+    if part == "rooms":
+        result |= rooms_table(model, rooms.test_set(arguments.scenes, getattr(rooms, seed)))
+    else:
+        samples = clips.test_set(arguments.scenes, getattr(clips, seed))
+        frame_scorer = scorer.load()
+        made = clips_table(model, frame_scorer, samples) if part == "haystack" else search_table(frame_scorer, samples)
+        result |= made
+    write_json(arguments.out or Path(f"benchmarks/results/views_{part}.json"), result)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,9 @@ from PIL import Image
 import vlm_budget
 from vlm_budget.eval.tasks.rooms import views_of
 from vlm_budget.eval.views.clips import ClipSample, evenly
+from vlm_budget.eval.views.labels import NO_KIND, picture_labels
 from vlm_budget.eval.views.rooms import RoomSample
-from vlm_budget.pruner import Pruner
+from vlm_budget.pruner import Context, Pruner, Selection
 from vlm_budget.video.frames.scorers import FrameScorer, relevance
 
 if TYPE_CHECKING:
@@ -116,6 +117,30 @@ class Clip:
         return [relevance(scorer, self.pictures, one) for one in asked]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Things(Pruner):
+    """What no method may do: reads the labels, and keeps patches of things, view after view from the fullest on.
+
+    Attributes:
+        shows: Per view, whether each patch shows a thing.
+    """
+
+    shows: tuple[tuple[bool, ...], ...] = ()
+
+    @property
+    def joint(self) -> bool:
+        """One choice among all views."""
+        return True
+
+    def pick_prompt(self, contexts: Sequence[Context], k: int) -> Selection:
+        """Patches of things first, then any others in order."""
+        order, start = [], 0
+        for ctx, shown in zip(contexts, self.shows, strict=True):
+            order += [(not thing, -sum(shown), start + place) for place, thing in enumerate(shown)]
+            start += ctx.item.size
+        return Selection(torch.tensor([place for *_, place in sorted(order)[:k]]))
+
+
 @dataclass
 class Seconds:
     """Where the time of asking went, in seconds."""
@@ -128,6 +153,8 @@ def ask_rooms(model: Model, rooms: Sequence[Room], method: Pruner | None, budget
     """[rooms, Q] bool, right or wrong."""
     if method is None:
         return np.stack([model.right(room.inputs, room.answers) for room in rooms])
+    if isinstance(method, Things):
+        return np.concatenate([_with_labels(model, room, method, budget) for room in rooms])
     found = []
     with vlm_budget.patch(model.model, method, budget) as handle:
         for room in rooms:
@@ -135,6 +162,14 @@ def ask_rooms(model: Model, rooms: Sequence[Room], method: Pruner | None, budget
                 room.lay_beside(handle)
             found.append(model.right(room.inputs, room.answers))
     return np.stack(found)
+
+
+def _with_labels(model: Model, room: Room, method: Things, budget: Budget) -> np.ndarray:
+    scene = room.sample.scene
+    kinds = [picture_labels(picture, scene.room.things)[0] for picture in scene.pictures]
+    shows = tuple(tuple(bool(kind != NO_KIND) for kind in own) for own in kinds)
+    with vlm_budget.patch(model.model, replace(method, shows=shows), budget):
+        return model.right(room.inputs, room.answers)[None]
 
 
 def ask_clips(

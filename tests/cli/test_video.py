@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from clips import write_clip
 from tiny_clip import save_clip, tiny_clip
 from tiny_processors import onevision_processor
 from vlm_budget.cli.video import strip
+from vlm_budget.video.frames import watch
+from vlm_budget.video.frames.answering import answer_frames
 
 Cli = Callable[..., Any]
 
@@ -76,6 +79,16 @@ def test_the_timeline_is_printed(cli: Cli, video_model: Path, film: Path, scorer
     assert (tmp_path / "mine.png").is_file()
 
 
+def test_what_the_model_says_steers_no_terminal(
+    cli: Cli, video_model: Path, film: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile = "[red]x\x1b]0;title\x07\u202e"
+    monkeypatch.setattr(watch, "answer_frames", lambda *given: replace(answer_frames(*given), text=hostile))
+    result = cli("video", film, "--model", video_model, "--method", "uniform", "--frames", 4, *QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert "[red]x" in result.stdout and not set(result.stdout) & {"\x1b", "\x07", "\u202e"}
+
+
 def test_uniform_needs_no_scorer_and_options_reach_quota(cli: Cli, video_model: Path, film: Path, scorer: str) -> None:
     arguments = ("--model", video_model, "--frames", 4, "--json", *QUICK)
     even = json.loads(cli("video", film, "--method", "uniform", *arguments).stdout)
@@ -109,6 +122,7 @@ def one_line_error(result: Any, message: str) -> None:
         (("--method", "uniform", "--budget", "40% flops"), "no number of tokens"),
         (("--method", "uniform", "--prompt", "x" * 10_000), "10,000 characters"),
         (("--method", "uniform", "--prompt", "<video> now"), "stands for a picture"),
+        (("--method", "uniform", "--prompt", "a \udcff now"), "no text that can be written as UTF-8"),
         (("--method", "uniform", "--target", "<image>"), "nothing to look for"),
         (("--method", "uniform", "--option", "powr=1"), "Did you mean 'power'?"),
         (("--method", "uniform", "--timeline", "nowhere/x.png"), "--timeline 'nowhere/x.png': there is no folder"),

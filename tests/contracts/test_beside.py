@@ -218,9 +218,10 @@ def test_arrays_turned_over_are_read(llava: Tiny) -> None:
 def test_nothing_can_be_laid_beside_a_patch_that_is_gone(llava: Tiny) -> None:
     xyz = beside(llava)["xyz"]
     first = vlm_budget.patch(llava.model, "segpruner", BUDGET)
-    with vlm_budget.patch(llava.model, "quota", BUDGET) as second:
-        with pytest.raises(PatchError, match="replaced by a later one"):
-            first.views(token_xyz=xyz)
+    second = vlm_budget.patch(llava.model, "quota", BUDGET)
+    with pytest.raises(PatchError, match="replaced by a later one"):
+        first.views(token_xyz=xyz)
+    second.undo()
     with pytest.raises(PatchError, match="this patch was undone"):
         second.frames([1.0, 2.0, 3.0])
 

@@ -192,7 +192,9 @@ def test_a_query_is_checked_like_its_question() -> None:
             as_query(Query(QUESTION, cues=wrong))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("entries", ["mug", ["<image>"], [""], ["x" * 65], [f"thing {n}" for n in range(MOST_CLUES + 1)]])
+@pytest.mark.parametrize(
+    "entries", ["mug", ["<image>"], [""], ["x" * 65], [f"thing {n}" for n in range(MOST_CLUES + 1)]]
+)
 def test_things_a_user_names_are_checked(entries: list[str]) -> None:
     assert given_clues(["mug", " a  sink "]) == ("mug", "a sink")
     with pytest.raises(OptionError):

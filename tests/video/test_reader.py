@@ -90,6 +90,17 @@ def test_asked_order_and_repeats_are_kept(tmp_path):
         assert video.at(np.array([0.3]))[0].time == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.ts", "a.mp4"])
+def test_a_clock_that_begins_late_makes_no_video_longer(tmp_path, name):
+    codec = {"codec": "libvpx"} if name == "a.webm" else {}
+    with Video.open(write_clip(tmp_path / name, [10 * n for n in range(20)], start=1000, **codec)) as video:
+        assert video.duration == pytest.approx(2.0, abs=0.11)
+        frames = video.spread(4)
+        assert [one.time for one in frames] == pytest.approx([0.2, 0.7, 1.2, 1.7], abs=0.11)
+        assert greys_of([one.image for one in frames]) == pytest.approx([20, 70, 120, 170], abs=12)
+        assert not video.cut_off
+
+
 def test_facts_of_a_video(tmp_path):
     path = write_clip(tmp_path / "a.mp4", [0] * 20, rotation=90)
     with Video.open(path) as video:

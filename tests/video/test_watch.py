@@ -22,6 +22,7 @@ from vlm_budget.frames import allocate_frames
 from vlm_budget.pruners.quota import QuoTA
 from vlm_budget.video.frames.queries import Query
 from vlm_budget.video.frames.reader import Frame
+from vlm_budget.video.frames.scorers import GivenScores
 from vlm_budget.video.frames.timeline import clock_time, draw_timeline
 from vlm_budget.video.frames.tstar import TStar
 from vlm_budget.video.frames.watch import watch
@@ -72,6 +73,13 @@ def test_the_prompt_names_the_frames_that_are_left_and_no_others(onevision: Any)
     assert "shown at 2.50s, 5.00s, 12.50s, 15.00s." in watched.prompt
     silent = watch(FRAMES, "what is it?", *onevision, scorer=SCORES, budget="30%", tell_times=False, **QUICK)
     assert silent.prompt == "<video>what is it?"
+
+
+def test_of_pictures_without_a_clock_no_times_are_told(onevision: Any) -> None:
+    pictures = [frame.image for frame in FRAMES]
+    assert (
+        watch(pictures, "what is it?", *onevision, scorer=SCORES, budget="30%", **QUICK).prompt == "<video>what is it?"
+    )
 
 
 def test_dropped_frames_are_not_encoded(onevision: Any) -> None:
@@ -223,6 +231,7 @@ def test_text_goes_through_the_model_without_a_picture(onevision: Any) -> None:
         ({"method": "quotas"}, OptionError, "one of quota, tstar, uniform"),
         ({"scorer": None}, OptionError, "needs a scorer"),
         ({"method": "tstar"}, OptionError, "takes a scorer, not scores"),
+        ({"method": "tstar", "scorer": GivenScores(SCORES)}, OptionError, "takes a scorer, not scores"),
         ({"method": "uniform"}, OptionError, "takes no scorer"),
         ({"frames": 0}, OptionError, "frames must be a whole number from 1"),
         ({"budget": "40% flops"}, BudgetError, "no number of tokens"),
@@ -236,6 +245,8 @@ def test_text_goes_through_the_model_without_a_picture(onevision: Any) -> None:
         ({"source": []}, VideoError, "not empty"),
         ({"source": [FRAMES[1], FRAMES[0]]}, VideoError, "shown later"),
         ({"source": "nowhere.mp4"}, VideoError, "nowhere.mp4"),
+        ({"source": [Frame(FRAMES[0].image, float("nan"))]}, VideoError, "number of seconds from 0 on, got nan"),
+        ({"source": [torch.zeros(3, 4, 4)]}, VideoError, "got Tensor"),
     ],
 )
 def test_bad_input_is_told_by_type(

@@ -311,12 +311,25 @@ class Decoder:
             return float(stream.duration * self._tick), 0.2
         if container.duration and container.duration > 0:  # also of the sound, which may go on for a while
             told = container.duration / 1_000_000
-            return told, 1 + 0.05 * told
+            begins = float((self._zero or 0) * self._tick)
+            # Matroska's goes from 0 on where FFmpeg wrote it, and from the first frame on where others did.
+            lasts = told if begins <= 1 else self._end_before(begins + told) - begins
+            return (lasts, 0.2) if 0 < lasts < told else (told, 1 + 0.05 * told)
         first, behind = self._packet_times()
         self._reopen()
         if first is None or behind <= first:
             raise self._clockless()
         return float((behind - first) * self._tick), 0.2
+
+    def _end_before(self, time: float) -> float:
+        """When the last packet ends, in seconds on the file's own clock; read from the key frame before a time on."""
+        try:
+            self._container.seek(int(time / self._tick), stream=self._stream, backward=True)
+        except self._av.error.FFmpegError:  # read from the start
+            self._reopen()
+        _, behind = self._packet_times()
+        self._reopen()
+        return float(behind * self._tick)
 
     def _packet_times(self) -> tuple[int | None, int]:
         """When the first packet begins and the last one ends, in ticks; read through, none decoded."""

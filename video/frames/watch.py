@@ -25,7 +25,7 @@ from .answering import Asked, answer_frames
 from .prompting import plain
 from .queries import Kind, Query, as_query, decouple
 from .reader import Frame, Video
-from .sampling import dynamic_frames, whole
+from .sampling import dynamic_frames, seconds, whole
 from .scorers import FrameScorer, GivenScores, load_scorer, relevance
 from .tstar import TStar, look_from, search
 
@@ -111,7 +111,7 @@ class Watched:
 
 
 def watch(
-    source: str | os.PathLike[str] | Sequence[Frame],
+    source: str | os.PathLike[str] | Sequence[Frame] | Sequence[Image.Image],
     question: str | Query,
     model: Any,
     processor: Any,
@@ -133,7 +133,7 @@ def watch(
     The model comes back unpatched, and is unpatched while it takes the question apart.
 
     Args:
-        source: A video file, or frames in order of time.
+        source: A video file, or frames in order of time; of pictures alone, no times are told.
         question: The question; a :class:`~vlm_budget.video.frames.queries.Query` says itself what to look for.
         model: A supported VLM, in evaluation mode.
         processor: Its processor.
@@ -173,7 +173,9 @@ def watch(
         seen = look(video, query, judge, frames, clock, search_settings)
         duration = video.duration
     weights = list(seen.scores) if method == "quota" and seen.scores is not None else [1.0] * len(seen.shown)
-    asked = Asked(query.text, duration if tell_times else None, max_new_tokens, quota or PRUNERS.get("quota")())
+    timed = isinstance(source, (str, os.PathLike)) or all(isinstance(one, Frame) for one in source)
+    told = duration if tell_times and timed else None
+    asked = Asked(query.text, told, max_new_tokens, quota or PRUNERS.get("quota")())
     answered = answer_frames(model, processor, seen.shown, weights, spend, asked, clock.stage)
     tokens = [0] * len(seen.times)
     for place, count in zip(seen.places, answered.tokens, strict=True):
@@ -293,7 +295,7 @@ class Listed:
     """
 
     def __init__(self, frames: Sequence[Frame]) -> None:
-        times = [frame.time for frame in frames]
+        times = [seconds(frame.time, "the time of a frame") for frame in frames]
         if not frames or any(one >= other for one, other in zip(times, times[1:], strict=False)):
             raise VideoError("frames must be a list that is not empty, each shown later than the one before it")
         self.frames = list(frames)
@@ -327,6 +329,8 @@ def _opened(source: Any, max_pixels: int) -> AbstractContextManager[Any]:
 
 
 def _frame(number: int, one: Frame | Image.Image) -> Frame:
+    if not isinstance(one, Frame) and not hasattr(one, "convert"):
+        raise VideoError(f"frames are PIL pictures or Frame objects, got {type(one).__name__}")
     return one if isinstance(one, Frame) else Frame(one, float(number))
 
 
@@ -356,7 +360,8 @@ def check_request(
         raise OptionError("'uniform' gives every frame the same, so it takes no scorer")
     if method != "uniform" and scorer is None:
         raise OptionError(f"{method!r} needs a scorer: 'clip:NAME_OR_FOLDER', 'vlm:NAME_OR_FOLDER', or one in Python")
-    if method == "tstar" and not isinstance(scorer, str) and not hasattr(scorer, "score"):
+    given = isinstance(scorer, GivenScores) or not (isinstance(scorer, str) or hasattr(scorer, "score"))
+    if method == "tstar" and given:
         raise OptionError("'tstar' scores frames of its own choice, so it takes a scorer, not scores")
     return query, spend
 

@@ -212,7 +212,9 @@ def _save(path: Path, watched: Any) -> None:
 
 def _print(console: Console, watched: Any) -> None:
     drawing: Any = importlib.import_module(f"{_FRAMES}.timeline")
-    console.print(Text(watched.answer, "bold"))
+    # What a model says steers no terminal.
+    answer = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in watched.answer)
+    console.print(Text(answer or "(no answer)", "bold"))
     console.print(Text(drawing.summary(watched)))
     clues = watched.query.targets + watched.query.cues + watched.query.events
     if clues:
@@ -226,6 +228,7 @@ def _print(console: Console, watched: Any) -> None:
     console.print(Text.assemble(("tokens ", "dim"), (strip(watched.tokens, width), "yellow")))
     first, last = (drawing.clock_time(moment) for moment in (watched.times[0], watched.times[-1]))
     console.print(Text(f"       {first}{last.rjust(max(width, len(watched.tokens[:width])) - len(first))}", "dim"))
+    console.print(Text("frames with the most tokens"))  # as a title it would be folded to the table's width
     console.print(_table(watched, drawing.clock_time))
     took = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in watched.seconds.items())
     console.print(Text(f"took: {took}", "dim"))
@@ -244,7 +247,7 @@ def _table(watched: Any, clock_time: Any) -> Table:
     """The frames with the most tokens, in order of time."""
     order = sorted(range(len(watched.tokens)), key=lambda index: -watched.tokens[index])
     best = sorted(index for index in order[:_MOST_ROWS] if watched.tokens[index])
-    table = Table(title=Text("frames with the most tokens"), title_justify="left", header_style="bold")
+    table = Table(header_style="bold")
     for name in ("time", *(["score"] if watched.scores is not None else []), "tokens"):
         table.add_column(name, justify="right")
     for index in best:

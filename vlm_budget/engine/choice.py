@@ -31,8 +31,8 @@ Counts = dict[Modality, list[int]]
 _WITHOUT = {
     "views": "no views lie beside the prompt's pictures (the frames of a video have none), so distances in space count "
     "for nothing. Call handle.views(...) first.",
-    "frames": "no scores lie beside the prompt's frames, so every frame counts the same. Call handle.frames(...) first, "
-    "with of='image' where the frames are pictures and the model knows videos, too.",
+    "frames": "no scores lie beside the prompt's frames, so every frame counts the same. Call handle.frames(...) "
+    "first, with of='image' where the frames are pictures and the model knows videos, too.",
 }
 
 

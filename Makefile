@@ -96,17 +96,20 @@ gpu:  ## GPU tests and benchmarks with $(PYTHON) as it is; one gpu.json into $OU
 	ln -s $(addprefix $(CURDIR)/,triton_kernels pruners video eval demos) build/linked/vlm_budget/
 	PYTHONPATH=$(CURDIR)/build/linked $(PYTHON) benchmarks/gpu.py --test-minutes 3 --minutes 6 --out "$$OUT" $(GPU_OPTIONS)
 
-bench: $(DEV)  ## the CPU benchmarks, forty minutes of a quiet machine; JSON into $OUT
+bench: $(DEV)  ## the CPU benchmarks, an hour of a quiet machine; JSON into $OUT
 	mkdir -p "$$OUT"
 	$(BIN)/python benchmarks/prefill.py --device cpu --out "$$OUT"
 	$(BIN)/python benchmarks/greedy.py --out "$$OUT"
 	$(BIN)/python benchmarks/vit.py --out "$$OUT"
 	$(BIN)/python benchmarks/evaluation.py --out "$$OUT"
 	$(BIN)/python benchmarks/budgets.py --device cpu --out "$$OUT"
+	$(BIN)/python benchmarks/tstar.py --out "$$OUT"
+	$(BIN)/python benchmarks/video_reading.py --out "$$OUT"
 
 docs: $(CORE)  ## write the generated tables anew from recorded results
 	$(BIN)/python -m vlm_budget.eval.nano.report
 	$(BIN)/python -m vlm_budget.eval.nano.defaults
+	$(BIN)/python -m vlm_budget.eval.views.report
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/methods.py
 

@@ -114,6 +114,7 @@ def test_a_token_lies_at_the_mean_of_the_points_its_pixels_show(size: tuple[int,
         close(found, slowly(item, depth, pose, matrix, fit))
 
 
+@pytest.mark.filterwarnings("ignore:.*known nowhere")
 def test_the_mean_is_of_the_known_tenth_or_of_nothing() -> None:
     item, pose, matrix = make.single(1), *camera()
     for known in range(21):
@@ -130,6 +131,7 @@ def test_separators_lie_nowhere() -> None:
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.sampled_from(FITS), st.integers(0, 9))
+@pytest.mark.filterwarnings("ignore:.*known nowhere")
 def test_points_projected_back_land_on_their_token(height: int, width: int, fit: Fit, seed: int) -> None:
     """Whatever the depth: what a cell shows lies in the pyramid behind it, and so does the mean."""
     item, (pose, matrix) = make.single(4, 3), camera(seed)
@@ -233,6 +235,14 @@ def test_coordinates_can_be_given() -> None:
     rest = torch.cat([item.candidates[:2], item.candidates[3:]])
     assert torch.equal(with_all[rest], table[rest])
     assert check_views(token_xyz=torch.zeros(3, 5, 3)) == 3
+
+
+@pytest.mark.parametrize("unknown", [0.0, -1.0, math.nan, math.inf])
+def test_of_depth_that_is_known_nowhere_there_is_a_warning(unknown: float) -> None:
+    depth, pose = torch.ones(3, 4, 4), torch.eye(4).expand(3, 4, 4)
+    depth[1] = unknown
+    with pytest.warns(UserWarning, match=r"depth of pictures \[1\] is known nowhere"):
+        check_views(depth, pose, torch.eye(3))
 
 
 def test_a_pose_that_is_not_finite_is_no_geometry_and_there_is_a_warning() -> None:

@@ -156,7 +156,7 @@ def _spacing(places: torch.Tensor) -> torch.Tensor:
     if len(places) < 2:
         return places.new_full((len(places),), math.inf)
     apart = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf)
-    return apart.nan_to_num(math.inf).amin(1)
+    return apart.nan_to_num(math.inf, posinf=math.inf).amin(1)
 
 
 def choose(

@@ -67,8 +67,8 @@ class Fit:
         height, width = size
         if self.kind == "pad":
             longest = max(size)
-            left, top = -((longest - width) // 2), -((longest - height) // 2)
-            return left, top, left + longest, top + longest
+            margin, above = (longest - width) // 2, (longest - height) // 2
+            return -margin, -above, longest - margin, longest - above
         if self.kind == "crop":
             # As transformers resizes a short edge: the long one is rounded down.
             new = [self.side if n == min(size) else int(self.side * n / min(size)) for n in size]

@@ -33,7 +33,7 @@ from vlm_budget.eval.views import clips, folder, rooms, scorer
 from vlm_budget.eval.views.asking import Clip, Model, Room, Things, ask_clips, ask_rooms
 from vlm_budget.eval.views.modeling import FRAME_TOKENS
 from vlm_budget.eval.views.scorer.captions import clues
-from vlm_budget.pruner import Pruner
+from vlm_budget.pruner import Positions, Pruner
 from vlm_budget.registry import PRUNERS
 from vlm_budget.video.frames.clip import ClipScorer
 from vlm_budget.video.frames.metrics import temporal
@@ -43,7 +43,7 @@ from vlm_budget.video.frames.tstar import TStar, search
 
 PARTS = ("rooms", "haystack", "search")
 OURS = "segpruner, scene"
-ROOM_SETTINGS = ((0.09, "packed"), (0.09, "original"), (0.23, "original"))
+ROOM_SETTINGS: tuple[tuple[float, Positions], ...] = ((0.09, "packed"), (0.09, "original"), (0.23, "original"))
 DRAWS = 3
 FRAMES = 32
 FULL = FRAMES * FRAME_TOKENS + 1
@@ -51,7 +51,7 @@ CLIP_SHARES = (0.5, 0.25, 0.1)
 KEPT = 8
 
 
-def room_methods(positions: str) -> dict[str, list[Pruner]]:
+def room_methods(positions: Positions) -> dict[str, list[Pruner]]:
     """Rows of the rooms' table; several methods of a row are draws whose mean counts."""
 
     def made(name: str, **options: Any) -> Pruner:

@@ -189,6 +189,13 @@ def test_at_one_it_is_farthest_point_sampling_in_space() -> None:
 # --- scenes ----------------------------------------------------------------------------------------------------------
 
 
+def test_the_only_token_of_a_view_that_lies_somewhere_repeats_nothing() -> None:
+    xyz = torch.full((8, 3), math.nan)
+    xyz[:4] = torch.eye(4)[:, :3]
+    xyz[6] = torch.tensor([50.0, 0, 0])
+    assert not repeated(xyz, [4, 4], 0.5).any()
+
+
 def plane_view(item: VisualItem, distance: float, right: float = 0.0) -> torch.Tensor:
     """Places on a wall so far ahead of a camera that stands so far to the right."""
     pose = torch.eye(4)

@@ -226,6 +226,7 @@ def test_without_open_clip_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
 @needs_clip
 def test_no_frames_give_no_scores() -> None:
     assert clip_scorer(0.0).score([], ["mug"]).shape == (0, 1)
+    assert clip_scorer(0.0).score([Image.new("RGB", (8, 8))] * 3, []).shape == (3, 0)
 
 
 # --- a small VLM -----------------------------------------------------------------------------------------------------

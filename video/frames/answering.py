@@ -260,7 +260,8 @@ def _grid(model: Any, processor: Any, frame: Frame, asked: Asked) -> _Grid:
         )
     modality = items[0].modality
     finer = family.unpooled(base, modality) if asked.quota.unpooled and modality == "video" else None
-    vision: Any = base.config.vision_config
+    config: Any = base.config
+    vision = config.vision_config
     cap = sizes[0] if finer is None else (vision.image_size // vision.patch_size) ** 2
     return _Grid(modality, sizes[0], cap, len(items[0].separators))
 

@@ -89,6 +89,8 @@ class ClipScorer:
         self, frames: Sequence[Image.Image], clues: Sequence[str], progress: Progress | None = None
     ) -> torch.Tensor:
         """[T, C] float32 in [0, 1] on the CPU."""
+        if not clues:  # tokenizers refuse an empty list
+            return torch.zeros(len(frames), 0)
         biased = getattr(self.model, "logit_bias", None) is not None
         captions = [self._template.format(clue) for clue in clues]
         texts = self._texts(captions if biased else [*captions, self._neutral])

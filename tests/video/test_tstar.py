@@ -382,3 +382,10 @@ def test_progress_counts_visited_frames_up_to_the_budget() -> None:
     found = search(Looks(bumps(200)), 200, targets=1, progress=lambda *at: told.append(at))
     assert told[-1] == (len(found.visited), 30)
     assert [done for done, _ in told] == sorted({done for done, _ in told})
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
+def test_scores_that_are_all_equal_keep_frames_from_all_over(level: float) -> None:
+    found = search(lambda indices: torch.full((len(indices), 1), level), 50, targets=1, keep=3)
+    early, middle, late = found.kept
+    assert early < 17 <= middle < 34 <= late

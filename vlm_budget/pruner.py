@@ -228,10 +228,10 @@ class Pruner:
                 raise OptionError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if not isinstance(self.merge, Merge | None):
             raise OptionError(f"merge must be a Merge or None, got {self.merge!r}")
-        if self.joint and self.merge is not None:
-            raise OptionError(f"merge={self.merge!r} works item by item, and this method chooses among all of a prompt")
         if self.merges and self.merge is not None:
             raise OptionError(f"{type(self).__name__} merges on its own; merge={self.merge!r} would have nothing to do")
+        if self.joint and self.merge is not None:
+            raise OptionError(f"merge={self.merge!r} works item by item, and this method chooses among all of a prompt")
 
     def all_needs(self, tower: Tower) -> tuple[Attention, ...]:
         """The needs of the method and of its merging stage."""

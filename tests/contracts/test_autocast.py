@@ -63,7 +63,8 @@ def check_same_again(calls: list[Call]) -> None:
 def test_methods_before_the_language_model(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = case(name).tiny
     unpatched_or_skip(lambda: forward(tiny.model, tiny.clone()), None, "autocast")
-    seen = recorded(monkeypatch, PRUNERS.get(method), "select")
+    name_of_choice = "select_prompt" if PRUNERS.get(method)().joint else "select"
+    seen = recorded(monkeypatch, PRUNERS.get(method), name_of_choice)
     with seen as calls, vlm_budget.patch(tiny.model, method, BUDGET):
         forward(tiny.model, tiny.clone())
     check_same_again(calls)

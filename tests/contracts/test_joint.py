@@ -133,10 +133,12 @@ def test_a_broken_promise_is_told(llava: Tiny, twice: bool) -> None:
 
 
 def test_merging_stages_are_refused() -> None:
+    from vlm_budget.pruners.segpruner import SeGPruner
     from vlm_budget.pruners.token_transforming import TokenTransforming
 
+    assert SeGPruner(scope="view", merge=TokenTransforming()).merge is not None
     with pytest.raises(OptionError, match="item by item"):
-        Loudest(merge=TokenTransforming())
+        SeGPruner(merge=TokenTransforming())
 
 
 def test_the_reference_is_met_at_the_command_of_positions(llava: Tiny) -> None:

@@ -383,7 +383,7 @@ def test_items_resampled_behind_the_projector_are_compared_by_their_features() -
         ({"weight": True}, "weight must be a number"),
         ({"weight": math.nan}, "weight must be a number"),
         ({"scope": "room"}, "scope must be 'scene' or 'view', got 'room'"),
-        ({"newline": "keep_used_rows"}, "for scope='view'"),
+        ({"repeats": -0.1}, "repeats must be a number"),
     ],
 )
 def test_unusable_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -392,7 +392,6 @@ def test_unusable_options_are_refused(options: dict[str, Any], message: str) -> 
 
 
 def test_what_it_asks_for() -> None:
-    assert SeGPruner(scope="view", newline="keep_used_rows").newline == "keep_used_rows"
     assert SeGPruner().joint and not SeGPruner(scope="view").joint
     assert SeGPruner().needs(make.CLIP) == (Attention(22, "received"),), "class token or not"
     assert SeGPruner().needs(make.SIGLIP) == (Attention(26, "received"),)

@@ -132,7 +132,8 @@ VISION = [name for name in list_methods() if PRUNERS.get(name).stage == "vision"
 @pytest.mark.parametrize("method", [name for name in VISION if not PRUNERS.get(name).merges])
 @pytest.mark.parametrize("newline", ["drop", "keep_all", "keep_used_rows"])
 def test_any_selector_keeps_the_tokens_it_kept_and_separators_their_features(method: str, newline: Any) -> None:
-    pruner = PRUNERS.get(method)(newline=newline, merge=TokenTransforming())
+    item_by_item = {"segpruner": {"scope": "view"}}  # the others are never asked about several
+    pruner = PRUNERS.get(method)(newline=newline, merge=TokenTransforming(), **item_by_item.get(method, {}))
     item = make.anyres(2, 2, side=5, pad=(2, 0))
     ctx = merging_context(pruner, item)
     for k in (7, 33, item.size - 1):

@@ -22,7 +22,8 @@ WEIGHTS = "model.safetensors"
 _TOWER, _RELEASED_TOWER = "model.vision_tower.", "model.vision_tower.vision_model."
 
 
-def _released(name: str) -> str:
+def released(name: str) -> str:
+    """A weight's name as in released LLaVA checkpoints."""
     return name if name.startswith(_RELEASED_TOWER) else name.replace(_TOWER, _RELEASED_TOWER, 1)
 
 
@@ -34,7 +35,7 @@ def _rewrite(path: Path, **changes: object) -> None:
 def save(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
     """Write weights (fp32), configuration, generation settings, processor and tokenizer to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {_released(name): tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {released(name): tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

@@ -6,6 +6,7 @@ x 48 thumbnail and four 48 x 48 crops, that is 180 patch tokens and 12 newline t
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -92,11 +93,22 @@ def build_model(config: NanoConfig = NanoConfig()) -> LlavaNextForConditionalGen
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per whitespace-separated word, ``<s>`` put first, unknown words ``<unk>``."""
+    """One token per word of `VOCAB`."""
+    return word_tokenizer(VOCAB, {"image_token": "<image>"}, 512)
+
+
+def word_tokenizer(words: Sequence[str], pictures: Mapping[str, str], longest: int) -> PreTrainedTokenizerFast:
+    """One token per whitespace-separated word, ``<s>`` put first, unknown words ``<unk>``.
+
+    Args:
+        words: the vocabulary in the order of its ids; it begins with ``<pad>``, ``<s>``, ``</s>``, ``<unk>``.
+        pictures: names and words of the tokens that stand for pictures.
+        longest: longest prompt.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCAB)}, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS_ID)]
@@ -107,9 +119,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=dict(pictures),
         padding_side="left",
-        model_max_length=512,
+        model_max_length=longest,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )

@@ -67,7 +67,8 @@ PRESETS = {
 }
 
 
-def _learning_rate(peak: float, step: int, steps: int) -> float:
+def learning_rate(peak: float, step: int, steps: int) -> float:
+    """Linear warm-up, then cosine down to a floor."""
     return peak * min(1.0, (step + 1) / _WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + _FLOOR_LR
 
 
@@ -118,7 +119,7 @@ class Run:
         spent = self.minutes.get(name, 0.0)
         for step in range(first, config.steps):
             for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(config.lr, step, config.steps)
+                group["lr"] = learning_rate(config.lr, step, config.steps)
             loss = stage.step_loss(step)
             optimizer.zero_grad()
             loss.backward()

@@ -13,17 +13,11 @@ from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 
+from vlm_budget.eval.nano.export import WEIGHTS, released
 from vlm_budget.eval.views.modeling import build_processor
 
 if TYPE_CHECKING:
     from transformers import LlavaOnevisionForConditionalGeneration
-
-WEIGHTS = "model.safetensors"
-_TOWER, _RELEASED_TOWER = "model.vision_tower.", "model.vision_tower.vision_model."
-
-
-def _released(name: str) -> str:
-    return name if name.startswith(_RELEASED_TOWER) else name.replace(_TOWER, _RELEASED_TOWER, 1)
 
 
 def _write(path: Path, settings: dict[str, object]) -> None:
@@ -34,7 +28,7 @@ def _write(path: Path, settings: dict[str, object]) -> None:
 def save(model: LlavaOnevisionForConditionalGeneration, folder: Path) -> None:
     """Write weights (fp32), configuration, generation settings, processors and tokenizer to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {_released(name): tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {released(name): tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

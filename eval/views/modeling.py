@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vlm_budget.eval.nano.modeling import word_tokenizer
 from vlm_budget.eval.views import clips, rooms
 from vlm_budget.eval.views.world import SIZE
 
@@ -106,27 +107,8 @@ def build_model(config: ViewsConfig = ViewsConfig()) -> LlavaOnevisionForConditi
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per whitespace-separated word, ``<s>`` put first, unknown words ``<unk>``."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCAB)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS_ID)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
-        padding_side="left",
-        model_max_length=MAX_POSITIONS,
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )
+    """One token per word of `VOCAB`."""
+    return word_tokenizer(VOCAB, {"image_token": "<image>", "video_token": "<video>"}, MAX_POSITIONS)
 
 
 def build_image_processor() -> LlavaOnevisionImageProcessor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from vlm_budget.eval.nano.train import learning_rate
 from vlm_budget.eval.views.export import save
 from vlm_budget.eval.views.modeling import ViewsConfig, build_model
 from vlm_budget.eval.views.shards import QUESTIONS, SCENES, Shelf
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from transformers import LlavaOnevisionForConditionalGeneration
 
 NAME = "nano-views"
-_WARMUP = 150
-_FLOOR_LR = 1e-5
 _LOG_EVERY = 100
 
 
@@ -71,10 +69,6 @@ PRESETS = {
         device="cuda",
     ),
 }
-
-
-def _learning_rate(peak: float, step: int, steps: int) -> float:
-    return peak * min(1.0, (step + 1) / _WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + _FLOOR_LR
 
 
 class Run:
@@ -126,7 +120,7 @@ class Run:
         spent = self.minutes.get(name, 0.0)
         for step in range(first, config.steps):
             for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(config.lr, step, config.steps)
+                group["lr"] = learning_rate(config.lr, step, config.steps)
             loss = stage.step_loss(step)
             optimizer.zero_grad()
             loss.backward()

@@ -21,9 +21,9 @@ import transformers
 from safetensors.torch import load_file
 from transformers import LlavaOnevisionForConditionalGeneration
 
+from vlm_budget.eval.nano.export import WEIGHTS
 from vlm_budget.eval.views import folder
 from vlm_budget.eval.views.card import render
-from vlm_budget.eval.views.export import WEIGHTS
 from vlm_budget.eval.views.held_out import SETS, prepare, score, summarise
 from vlm_budget.eval.views.modeling import VOCAB
 from vlm_budget.eval.views.train import NAME, PRESETS

@@ -9,8 +9,8 @@ from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionP
 
 from vlm_budget.errors import UnknownNameError
 from vlm_budget.eval import views
+from vlm_budget.eval.nano.export import WEIGHTS
 from vlm_budget.eval.views import card
-from vlm_budget.eval.views.export import WEIGHTS
 from vlm_budget.eval.views.held_out import SETS, Sample, pictures, prepare, score, summarise
 from vlm_budget.eval.views.modeling import VOCAB
 

@@ -1,0 +1,1 @@
+"""A small video diffusion model of our own, and what sparse attention does to its clips."""

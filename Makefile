@@ -110,6 +110,7 @@ docs: $(CORE)  ## write the generated tables anew from recorded results
 	$(BIN)/python -m vlm_budget.eval.nano.report
 	$(BIN)/python -m vlm_budget.eval.nano.defaults
 	$(BIN)/python -m vlm_budget.eval.views.report
+	$(BIN)/python -m vlm_budget.eval.video_gen.report
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/methods.py
 

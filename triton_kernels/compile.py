@@ -27,14 +27,21 @@ from ._launch import Launch, recorded
 
 OPERATIONS = (
     "attention_rows",
+    "block_map",
+    "block_means",
+    "block_sparse_attention",
     "compact",
+    "counting_sort",
     "greedy_diversity",
     "greedy_dpp",
+    "kmeans_assign",
     "nearest",
+    "permute_tokens",
     "quota",
     "received_attention",
     "segmented_topk",
     "softmax_merge",
+    "tile_list",
     "weighted_merge",
 )
 """Modules of this package that hold an operation."""

@@ -48,6 +48,7 @@ _EXPORTS = {
     "UnknownNameError": "errors",
     "UnsupportedModelError": "errors",
     "VLMBudgetError": "errors",
+    "VideoAttentionError": "errors",
     "VideoError": "errors",
     "VisualLayout": "layout",
     "autotune": "search.autotune",
@@ -55,6 +56,8 @@ _EXPORTS = {
     "gsearch": "search.gsearch",
     "list_families": "registry",
     "list_methods": "registry",
+    "list_video_methods": "registry",
+    "list_video_models": "registry",
     "patch": "patching",
     "psigmoid": "search.psigmoid",
     "token_coordinates": "geometry",
@@ -89,6 +92,7 @@ if TYPE_CHECKING:
     from .errors import TaskError as TaskError
     from .errors import UnknownNameError as UnknownNameError
     from .errors import UnsupportedModelError as UnsupportedModelError
+    from .errors import VideoAttentionError as VideoAttentionError
     from .errors import VideoError as VideoError
     from .errors import VLMBudgetError as VLMBudgetError
     from .geometry import Fit as Fit
@@ -104,6 +108,8 @@ if TYPE_CHECKING:
     from .recipe import Recipe as Recipe
     from .registry import list_families as list_families
     from .registry import list_methods as list_methods
+    from .registry import list_video_methods as list_video_methods
+    from .registry import list_video_models as list_video_models
     from .report import Report as Report
     from .search.autotune import autotune as autotune
     from .search.front import Front as Front

@@ -67,6 +67,10 @@ class PatchError(VLMBudgetError, RuntimeError):
     """A patch that cannot be applied, undone or used in this way."""
 
 
+class VideoAttentionError(VLMBudgetError, ValueError):
+    """A call of a video model's self-attention that cannot be computed sparsely: masks, shapes or values."""
+
+
 class UnsupportedModelError(VLMBudgetError, TypeError):
     """No family knows this model class."""
 

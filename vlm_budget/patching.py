@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .budget import Budget
+from .diffusion import is_diffusion, patch_diffusion, unpatch_diffusion
 from .engine.account import Account
 from .engine.beside import FrameScores, Views
 from .engine.boundary import Boundary
@@ -281,7 +282,7 @@ def patch(
     positions: str | None = None,
     **options: Any,
 ) -> PatchHandle:
-    """Make a VLM keep only the visual tokens that matter, within a budget.
+    """Make a VLM keep only the visual tokens that matter, or a video model's attention sparse, within a budget.
 
     The same ``model(...)``, ``model.generate(...)`` and pipeline calls work as before, on the same attention backend.
     Patching a patched model replaces the patch; undoing then restores the unpatched model. Where the last prompts under
@@ -289,7 +290,8 @@ def patch(
 
     Args:
         model: A supported transformers VLM, a PEFT model around one, or a transformers pipeline with one; or one of
-            timm's vision transformers.
+            timm's vision transformers; or a video pipeline of diffusers or its transformer, for which
+            :func:`vlm_budget.video.dit.handle.patch_video` says what method, budget and options are.
         method: Name of a method (see :func:`vlm_budget.list_methods`), a configured instance, or a list of two: one
             that acts before the language model and one that acts inside it. None takes the default for the model,
             chosen from a recorded table; ``handle.reason`` says why.
@@ -304,7 +306,7 @@ def patch(
 
     Returns:
         The handle, with ``report()``, ``plan()`` and ``undo()``; also a context manager. For timm's vision transformers
-        a ``VitHandle`` with ``report()`` and ``undo()``.
+        a ``VitHandle``, for video models a ``VideoHandle``, both with ``report()`` and ``undo()``.
 
     Raises:
         UnsupportedModelError: No family knows the model.
@@ -317,6 +319,9 @@ def patch(
     if is_vit(model):
         handle_of_vit: Any = patch_vit(model, method, budget, plan=plan, positions=positions, **options)  # type: ignore[arg-type]
         return handle_of_vit
+    if is_diffusion(model):
+        handle_of_video: Any = patch_diffusion(model, method, budget, plan=plan, positions=positions, **options)
+        return handle_of_video
     outer, base, family = find_family(model)
     request = read_request(base, family, method, budget, plan, options)
     boundary = Boundary(base, family, request, position_modes(family, request.methods, positions))
@@ -347,6 +352,9 @@ def unpatch(model: Any) -> None:
     """
     if is_vit(model):
         unpatch_vit(model)
+        return
+    if is_diffusion(model):
+        unpatch_diffusion(model)
         return
     _, base, _ = find_family(model)
     handle: PatchHandle | None = base.__dict__.get(_HANDLE)

@@ -153,6 +153,33 @@ FAMILIES = Registry(
     },
 )
 
+VIDEO_METHODS = Registry(
+    "video attention method",
+    "vlm_budget.video.dit.method:SparseAttention",
+    {
+        "block_topk": "vlm_budget.video.dit.methods.block_topk:BlockTopK",
+        "dense": "vlm_budget.video.dit.methods.dense:Dense",
+        "oracle": "vlm_budget.video.dit.methods.oracle:Oracle",
+        "radial": "vlm_budget.video.dit.methods.radial:Radial",
+        "sliding_tile": "vlm_budget.video.dit.methods.sliding_tile:SlidingTile",
+        "svg1": "vlm_budget.video.dit.methods.svg1:SVG1",
+        "svg2": "vlm_budget.video.dit.methods.svg2:SVG2",
+    },
+)
+
+VIDEO_MODELS = Registry(
+    "video model",
+    "vlm_budget.video.dit.models.base:VideoModel",
+    {
+        "cogvideox": "vlm_budget.video.dit.models.cogvideox:CogVideoX",
+        "hunyuan_video": "vlm_budget.video.dit.models.hunyuan_video:HunyuanVideo",
+        "hunyuan_video_15": "vlm_budget.video.dit.models.hunyuan_video_15:HunyuanVideo15",
+        "ltx": "vlm_budget.video.dit.models.ltx:LTX",
+        "mochi": "vlm_budget.video.dit.models.mochi:Mochi",
+        "wan": "vlm_budget.video.dit.models.wan:Wan",
+    },
+)
+
 
 def list_methods() -> list[str]:
     """Names of all pruning methods, for ``patch(model, name)``."""
@@ -162,3 +189,13 @@ def list_methods() -> list[str]:
 def list_families() -> list[str]:
     """Names of all supported model families."""
     return FAMILIES.names()
+
+
+def list_video_methods() -> list[str]:
+    """Names of all sparse attention methods for video diffusion, for ``patch(pipe, name)``."""
+    return VIDEO_METHODS.names()
+
+
+def list_video_models() -> list[str]:
+    """Names of all supported video diffusion transformers."""
+    return VIDEO_MODELS.names()

@@ -1,0 +1,143 @@
+"""Computing a call as its blocks say, with text beside them.
+
+The video's tokens are put into the blocks' order; text follows as one more block of queries and one more of keys, its
+valid tokens first, and those two are always dense. Padding ends up behind all blocks, where keys are never read. No
+matrix of all pairs is ever built, and the host never waits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from vlm_budget.ops import block_sparse_attention, permute_tokens, unpermute_tokens
+
+from .call import Blocks, Call
+
+
+class Layout(NamedTuple):
+    """A call's L tokens in blocks.
+
+    Attributes:
+        query_order: [B|1, H|1, L] int32; None: as they come.
+        query_sizes: [B|1, H|1, Cq (+ 1 with text)] int32.
+        key_order: [B|1, H|1, L] int32; None: as they come.
+        key_sizes: [B|1, H|1, Ck (+ 1)] int32.
+        kept: [B|1, H|1, Cq (+ 1), Ck (+ 1)] bool.
+    """
+
+    query_order: torch.Tensor | None
+    query_sizes: torch.Tensor
+    key_order: torch.Tensor | None
+    key_sizes: torch.Tensor
+    kept: torch.Tensor
+
+
+def attend(call: Call, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a call over the pairs of blocks that are kept.
+
+    Returns:
+        [B, H, L, D] in the order of the call's tokens, and [B, H, L] float32 natural logarithms of the softmax
+        denominators, for who merges parts (ring and sequence parallel). Padding gets zeros and ``-inf`` with
+        ``empty_rows``.
+    """
+    full = layout(call, blocks)
+    query, key, value = _permuted(call, full)
+    out, lse = block_sparse_attention(
+        query,
+        key,
+        value,
+        full.query_sizes,
+        full.key_sizes,
+        full.kept,
+        scale=call.scale,
+        mean_keys=blocks.mean_keys,
+        mean_values=blocks.mean_values,
+        tile=blocks.tile,
+    )
+    if full.query_order is None:
+        return out, lse
+    place = full.query_order.long().expand(lse.shape)
+    return unpermute_tokens(out, full.query_order), torch.empty_like(lse).scatter_(2, place, lse)
+
+
+def layout(call: Call, blocks: Blocks) -> Layout:
+    """The blocks of a call with its text behind them."""
+    if not call.text:
+        return Layout(blocks.query_order, blocks.query_sizes, blocks.key_order, blocks.key_sizes, blocks.kept)
+    behind, valid = _text(call)
+    rows = valid if call.empty_rows else torch.full_like(valid, call.text)
+    in_place = call.first == 0 and call.valid is None
+    return Layout(
+        None if blocks.query_order is None and in_place else _with_text(call, blocks.query_order, behind),
+        _beside(blocks.query_sizes, rows),
+        None if blocks.key_order is None and in_place else _with_text(call, blocks.key_order, behind),
+        _beside(blocks.key_sizes, valid),
+        torch.nn.functional.pad(blocks.kept, (0, 1, 0, 1), value=True),
+    )
+
+
+def pairs(call: Call, blocks: Blocks) -> torch.Tensor:
+    """Share of a call's pairs that are computed, on the device.
+
+    Of all pairs of a valid row and a valid token, over all samples and heads. Text is dense, and a correction counts
+    one pair per video row and key block, also where the block is kept or empty.
+
+    Returns:
+        Scalar float64.
+    """
+    batch, heads = call.query.shape[:2]
+    rows, columns = blocks.query_sizes.long(), blocks.key_sizes
+    seen = (blocks.kept * columns[:, :, None]).sum(-1)  # whole numbers: exact, whatever the mode of matmuls
+    video = (seen * rows).sum(-1).double()
+    if blocks.mean_keys is not None:
+        video = video + (rows.sum(-1) * blocks.mean_keys.shape[2]).double()
+    video = video.expand(batch, heads).sum(-1)
+    tokens = call.grid.tokens
+    text = torch.zeros(1, dtype=torch.float64, device=video.device)
+    if call.text:
+        text = _text(call)[1].double().flatten()
+    beside = heads * (2.0 * tokens * text + text * text).expand(batch)
+    everything = heads * ((tokens + text) ** 2).expand(batch)
+    return (video + beside).sum() / everything.sum()
+
+
+def _permuted(call: Call, full: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values in their orders, in one launch where all have one."""
+    query, key, value = call.query, call.key, call.value
+    if full.query_order is not None and full.key_order is not None:
+        query, key, value = permute_tokens([query, key, value], [full.query_order, full.key_order, full.key_order])
+    elif full.query_order is not None:
+        (query,) = permute_tokens([query], [full.query_order])
+    elif full.key_order is not None:
+        key, value = permute_tokens([key, value], [full.key_order, full.key_order])
+    return query, key, value
+
+
+def _text(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B|1, T] int64, where the text's tokens are, valid ones first; [B|1, 1, 1] int32, how many of them are valid."""
+    device, end = call.query.device, call.video.stop
+    before = torch.arange(call.first, device=device)
+    places = torch.cat([before, torch.arange(end, call.query.shape[2], device=device)])[None]
+    if call.valid is None:
+        return places, torch.full((1, 1, 1), call.text, dtype=torch.int32, device=device)
+    valid = torch.cat([call.valid[:, : call.first], call.valid[:, end:]], dim=1)
+    ranked = (~valid).int().argsort(dim=1, stable=True)
+    places = places.expand(ranked.shape).gather(1, ranked)
+    return places, valid.sum(1, dtype=torch.int32)[:, None, None]
+
+
+def _with_text(call: Call, order: torch.Tensor | None, behind: torch.Tensor) -> torch.Tensor:
+    """[B|1, H|1, L] int32: the video in its order, then the text."""
+    if order is None:
+        order = torch.arange(call.grid.tokens, dtype=torch.int32, device=behind.device)[None, None]
+    batch, heads = max(order.shape[0], behind.shape[0]), order.shape[1]
+    video = (order + call.first).expand(batch, heads, -1)
+    return torch.cat([video, behind.int()[:, None].expand(batch, heads, -1)], dim=2)
+
+
+def _beside(sizes: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """[B|1, H|1, C + 1] int32: sizes of the video's blocks, then the text's."""
+    batch, heads = max(sizes.shape[0], text.shape[0]), sizes.shape[1]
+    return torch.cat([sizes.expand(batch, heads, -1), text.expand(batch, heads, 1)], dim=2)

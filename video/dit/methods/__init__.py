@@ -1,0 +1,1 @@
+"""The methods: a permutation, blocks, and a map of those that are computed."""

@@ -89,12 +89,15 @@ test-gpu: $(DEV)  ## the tests that need a CUDA device, in .venv
 # One command for a bare machine with a GPU and no network: it needs torch, triton, transformers and pytest. A tree of
 # links stands for the installed package. An editable install would need the setuptools that pyproject.toml asks for, and
 # would write into an environment that is not ours. Tests and benchmarks together stay under ten minutes; they go on
-# after a failure, and the exit code tells. GPU_OPTIONS=--resume measures what time did not allow.
-gpu:  ## GPU tests and benchmarks with $(PYTHON) as it is; one gpu.json into $OUT
+# after a failure, and the exit code tells. GPU_OPTIONS=--resume measures what time did not allow. SUITE=video tests and
+# measures sparse video attention, into gpu_video.json; for whole transformers it needs diffusers, too.
+SUITE ?= tokens
+gpu:  ## GPU tests and benchmarks with $(PYTHON) as it is (SUITE=tokens or video); one JSON into $OUT
 	rm -rf build/linked && mkdir -p build/linked/vlm_budget "$$OUT"
 	ln -s $(CURDIR)/vlm_budget/* build/linked/vlm_budget/
 	ln -s $(addprefix $(CURDIR)/,triton_kernels pruners video eval demos) build/linked/vlm_budget/
-	PYTHONPATH=$(CURDIR)/build/linked $(PYTHON) benchmarks/gpu.py --test-minutes 3 --minutes 6 --out "$$OUT" $(GPU_OPTIONS)
+	PYTHONPATH=$(CURDIR)/build/linked $(PYTHON) benchmarks/gpu.py --suite $(SUITE) --test-minutes 3 --minutes 6 \
+	    --out "$$OUT" $(GPU_OPTIONS)
 
 bench: $(DEV)  ## the CPU benchmarks, an hour of a quiet machine; JSON into $OUT
 	mkdir -p "$$OUT"

@@ -1,9 +1,9 @@
 """What kernels and budgets buy on a GPU: the machine's ceilings, every operation, and two 7B models from end to end.
 
-``make gpu`` runs it. One JSON comes out, written anew after every step, so that an end at any moment loses nothing.
-The steps run in a process of their own, the most important first, until ``--minutes`` are over; a step that takes the
-device down or never ends is noted, and the next process goes on behind it. What was not measured is listed with the
-reason, and ``--resume`` measures it.
+``make gpu`` runs it, and with ``SUITE=video`` sparse video attention in place of pruning. One JSON comes out, written
+anew after every step, so that an end at any moment loses nothing. The steps run in a process of their own, the most
+important first, until ``--minutes`` are over; a step that takes the device down or never ends is noted, and the next
+process goes on behind it. What was not measured is listed with the reason, and ``--resume`` measures it.
 
 An operation is timed only where its kernel gives what its torch reference gives, and a patched model only where it
 gives what the language model gives for the same tokens. ``--device cpu --size tiny`` runs all of it on toys, with
@@ -24,6 +24,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ from vlm_budget.eval.op_work import OpCase, Sizes, Work, measured
 from vlm_budget.eval.passes import CORE, FIRST, VARIANTS, Case
 from vlm_budget.eval.record import environment
 from vlm_budget.eval.steps import EMPTY, NotEnoughError, Record, supervise, work
+from vlm_budget.eval.video_ops import LENGTHS as VIDEO_LENGTHS
+from vlm_budget.eval.video_ops import VIDEO_CASES
+from vlm_budget.eval.video_passes import EMPTY as EMPTY_VIDEO
+from vlm_budget.eval.video_passes import VideoBench
 
 ROOT = Path(__file__).resolve().parents[1]
 STALLED = 100.0
@@ -74,6 +79,10 @@ PLAN = {
         (QWEN, 5, 2, "prefill"),
     ],
 }
+VIDEO_OPERATIONS = {"real": VIDEO_LENGTHS, "tiny": (63, 577)}
+VIDEO_HEADS = {"real": 24, "tiny": 2}
+VIDEO_TESTS = " or ".join(["video_on_gpu", *sorted({case.op for case in VIDEO_CASES})])
+"""What pytest is told to choose for video, and to leave out else."""
 NEVER = {"llava_next, 1 tile": "LLaVA-NeXT sends a thumbnail with every crop: two tiles are its fewest"}
 
 
@@ -97,22 +106,31 @@ class Bench:
         self.kernels: ops.Mode = "triton" if self.device.type == "cuda" else "reference"
         self.watch = Stopwatch(self.device)
         self.sizes = Sizes(self.device, self.dtype, **WIDTHS[self.size])
+        self.video: VideoBench | None = None
+        if arguments.suite == "video":
+            self.sizes = replace(self.sizes, heads=VIDEO_HEADS[self.size])
+            self.video = VideoBench(self.size, self.dtype, self.watch, record, deadline)
         self.large: Large | None = None
         self.case: Case | None = None
 
     def steps(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """Names and actions, the most important first."""
         yield "machine", self.machine
+        if self.video is not None:
+            for name, action in self.video.steps():
+                yield name, partial(self.within_memory, action)
+            yield from self._operations(VIDEO_OPERATIONS[self.size], VIDEO_CASES)
+            return
         lengths, plan = LENGTHS[self.size], PLAN[self.size]
         whole = [each for each in plan if each[1] == 5 and each[3] != OTHER]
-        yield from self._operations(lengths[:1])
+        yield from self._operations(lengths[:1], CASES)
         yield from self._models(whole)
-        yield from self._operations(lengths[1:])
+        yield from self._operations(lengths[1:], CASES)
         yield from self._models([each for each in plan if each not in whole])
 
-    def _operations(self, lengths: Sequence[int]) -> Iterator[tuple[str, Callable[[], None]]]:
+    def _operations(self, lengths: Sequence[int], cases: Sequence[OpCase]) -> Iterator[tuple[str, Callable[[], None]]]:
         for tokens in lengths:
-            for entry in CASES:
+            for entry in cases:
                 name = f"{entry.op}, {entry.what}, {tokens} tokens"
                 yield name, partial(self.within_memory, self.operation, entry, tokens)
 
@@ -131,6 +149,8 @@ class Bench:
     def recover(self) -> None:
         """After a step that failed; raises where the device does not answer any more."""
         self.case = None
+        if self.video is not None:
+            self.video.clear()
         free(self.device)
         drain(self.device)
 
@@ -145,6 +165,8 @@ class Bench:
 
     def operation(self, entry: OpCase, tokens: int) -> None:
         """One operation on so many tokens: checked, then timed beside its reference."""
+        if self.video is not None:
+            self.video.clear()
         if self.large is not None:  # references need memory, too
             self.case = self.large = None
             free(self.device)
@@ -228,7 +250,7 @@ def merged(earlier: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any
 # --- the GPU tests --------------------------------------------------------------------------------------------------
 
 
-def run_tests(files: Sequence[str], seconds: float, report: Path, workers: int = 4) -> dict[str, Any]:
+def run_tests(files: Sequence[str], seconds: float, report: Path, workers: int = 4, which: str = "") -> dict[str, Any]:
     """Run the GPU tests for so long at most, and count.
 
     Args:
@@ -236,11 +258,13 @@ def run_tests(files: Sequence[str], seconds: float, report: Path, workers: int =
         seconds: After that the run is interrupted.
         report: Where pytest writes its own, which does not exist yet.
         workers: Processes, where pytest-xdist is installed; most of the time goes into compiling, which needs no GPU.
+        which: Names of those to run, as pytest's ``-k`` takes them; all by default.
     """
     lacking = [] if importlib.util.find_spec("hypothesis") else needing(files, "hypothesis")
     chosen = [file for file in files if file not in lacking]
     options = ["-q", "-m", "gpu", f"--junitxml={report}", "--continue-on-collection-errors"]
     options += ["-o", "faulthandler_timeout=60"]  # tells which test hangs
+    options += ["-k", which] if which else []
     if workers and importlib.util.find_spec("xdist"):
         options += ["-n", str(workers)]
     runner = subprocess.Popen([sys.executable, "-m", "pytest", *options, *chosen], cwd=ROOT, start_new_session=True)
@@ -303,6 +327,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cuda")
     made.add_argument("--dtype", default=None, help="bfloat16 on a GPU, float32 on a CPU by default")
     made.add_argument("--size", choices=sorted(LENGTHS), default="real")
+    made.add_argument("--suite", choices=["tokens", "video"], default="tokens", help="pruning, or video attention")
     made.add_argument("--minutes", type=float, default=6, help="for the measurements")
     made.add_argument("--test-minutes", type=float, default=0, help="for the GPU tests before them; 0: none")
     made.add_argument("--attention", default=None, help="attn_implementation; the best that is installed if not given")
@@ -324,7 +349,9 @@ def begin(record: Record, arguments: argparse.Namespace) -> None:
     place = environment(arguments.device, arguments.dtype) | describe(torch.device(arguments.device))
     place["git"] = place["git"] or arguments.git
     place["kernels"] = ops.mode()
-    known = {"size": arguments.size, "trial": not cuda, "minutes": arguments.minutes, "not_measured": dict(NEVER)}
+    video = arguments.suite == "video"
+    known = {"size": arguments.size, "trial": not cuda, "minutes": arguments.minutes}
+    known["not_measured"] = {} if video else dict(NEVER)
     if arguments.resume:
         same = ("git", "device", "dtype", "versions", "kernels")
         earlier = record.data.get("environment", {})
@@ -333,6 +360,7 @@ def begin(record: Record, arguments: argparse.Namespace) -> None:
         record.save(**known)
         return
     none: dict[str, Any] = {"machine": None, "shapes": {}, "operations": [], "models": [], "tests": None}
+    none |= EMPTY_VIDEO if video else {}
     record.data = {"environment": place}
     record.save(**{**EMPTY, **none, **known})
 
@@ -344,7 +372,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(words)
     cuda = arguments.device.startswith("cuda")
     arguments.dtype = arguments.dtype or ("bfloat16" if cuda else "float32")
-    record = Record(arguments.out / ("gpu.json" if cuda else "gpu_trial.json"))
+    video = arguments.suite == "video"
+    record = Record(arguments.out / f"gpu{'_video' * video}{'_trial' * (not cuda)}.json")
     if arguments.worker is not None:
         bench = Bench(arguments, record, Deadline(arguments.worker - time.time()))
         steps = [step for step in bench.steps() if step[0] == "machine" or re.search(arguments.only, step[0])]
@@ -356,7 +385,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.test_minutes:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "tests.xml"
-            record.save(tests=run_tests(gpu_test_files(), 60 * arguments.test_minutes, report))
+            which = VIDEO_TESTS if video else f"not ({VIDEO_TESTS})"
+            record.save(tests=run_tests(gpu_test_files(), 60 * arguments.test_minutes, report, which=which))
         seconds = min(seconds, ALL - (time.monotonic() - started))
     supervise(record, [sys.executable, __file__, *words, "--worker"], seconds, STALLED)
     data = record.data

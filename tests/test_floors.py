@@ -38,6 +38,7 @@ FOREIGN = {
     "video/dit": FRAMES | {"rich"},  # its reports are rich tables
     "eval": REPORTS,
     "eval/adapters": REPORTS | {"lmms_eval", "loguru", "tqdm", "vlmeval"},  # what the harnesses bring
+    "eval/video_models.py": REPORTS | {"diffusers"},  # benchmarks of diffusers' transformers
     "eval/video_gen": REPORTS | {"diffusers"},  # its shipped model is one of diffusers' transformers
     "eval/views/scorer": REPORTS | {"open_clip"},  # its shipped model is open_clip's
     "eval/vit": REPORTS | {"timm"},  # its shipped model is timm's

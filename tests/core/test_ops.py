@@ -102,20 +102,26 @@ QUERY, HEADS = 3 * numbers(1, 4, 5, 16), numbers(1, 2, 50, 16)
 KEEP = torch.arange(14).reshape(2, 7) % 3 > 0
 INDEX, VALID, _ = ops.compaction_index(KEEP, 5, False)
 OWNERS = torch.arange(63) % 7
+TOKENS, SHUFFLED = numbers(1, 2, 50, 16), (torch.arange(50).int() * 7 % 50).expand(1, 2, -1)
 CALLS: dict[str, Callable[[], Any]] = {
     "assign": lambda: ops.assign(KEYS, ANCHORS),
     "assigned_merge": lambda: ops.assigned_merge(ROWS, OWNERS, QUALITY, 7),
     "attention_rows": lambda: ops.attention_rows(QUERY, HEADS, 0.25),
+    "block_means": lambda: ops.block_means(TOKENS, SHUFFLED, torch.full((1, 1, 5), 10).int()),
     "compact": lambda: ops.compact(numbers(2, 7, 8), INDEX, VALID, KEEP)[0],
     "compaction_index": lambda: ops.compaction_index(KEEP, 5, True),
+    "counting_sort": lambda: ops.counting_sort(SHUFFLED // 5, 10),
     "greedy_diversity": lambda: ops.greedy_diversity(ROWS, 40),
     "greedy_dpp": lambda: ops.greedy_dpp(ROWS, QUALITY, 40),
+    "kmeans_assign": lambda: ops.kmeans_assign(TOKENS, HEADS[:, :, :7].contiguous()),
     "nearest": lambda: ops.nearest(KEYS, ANCHORS, 5),
+    "permute_tokens": lambda: ops.permute_tokens([TOKENS, HEADS], [SHUFFLED, SHUFFLED]),
     "quota": lambda: ops.quota(40, QUALITY.exp(), torch.full((63,), 2)),
     "received_attention": lambda: ops.received_attention(QUERY, HEADS, 0.25),
     "segmented_topk": lambda: segmented_topk(QUALITY, OWNERS, [3] * 7),
     "softmax_merge": lambda: ops.softmax_merge(ROWS, KEYS, ANCHORS, 0.1),
     "take_columns": lambda: ops.take_columns(numbers(2, 7, 8), INDEX),
+    "unpermute_tokens": lambda: ops.unpermute_tokens(TOKENS, SHUFFLED),
     "weighted_merge": lambda: ops.weighted_merge(ROWS, ANCHORS.reshape(4, 4), numbers(4, 4)),
     "max_min": lambda: greedy.max_min(greedy.CosineRows(ROWS), 40),
     "map_dpp": lambda: greedy.map_dpp(greedy.CosineRows(ROWS), QUALITY, 40),

@@ -18,6 +18,7 @@ from .search import search
 from .video import video
 
 _EVAL = "vlm_budget.eval.cli"
+_VIDEO_GEN = "vlm_budget.eval.video_gen.cli"
 
 app = typer.Typer(
     name="vlm-budget",
@@ -35,6 +36,7 @@ app.command("search")(search)
 app.command("autotune")(autotune)
 # By string, as methods are: the core never imports what lies on a higher floor.
 app.add_typer(importlib.import_module(_EVAL).app)
+app.add_typer(importlib.import_module(_VIDEO_GEN).app)
 app.command("list")(list_names)
 app.command("explain")(explain)
 

@@ -115,6 +115,7 @@ docs: $(CORE)  ## write the generated tables anew from recorded results
 	$(BIN)/python -m vlm_budget.eval.views.report
 	$(BIN)/python -m vlm_budget.eval.video_gen.report
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/video_tables.py
 	$(BIN)/python benchmarks/methods.py
 
 demo: $(CORE)  ## install the small core and show what a budget does

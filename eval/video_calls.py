@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm_budget.engine.clock import Interval
@@ -19,6 +22,12 @@ from vlm_budget.video.dit.method import SparseAttention
 from .device import drain
 from .video_shapes import Shape
 
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 STEPS = 50
 """Denoising steps of a run: over those that are sparse, the first clustering is shared."""
 PERIOD = 8
@@ -88,7 +97,7 @@ class OpClock(TorchDispatchMode):
     """Times operations of ours on the device's clock; ``calls`` has them by name."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: dict[str, list[Interval]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -109,3 +118,11 @@ def is_tensor(value: Any) -> bool:
 def amortised(first: float, later: float, sparse_steps: int) -> float:
     """Mean over the sparse steps of a run, the first of which costs more."""
     return (first + (sparse_steps - 1) * later) / sparse_steps
+
+
+@contextmanager
+def only(backend: SDPBackend) -> Iterator[None]:
+    """Attention takes this back end or none, and does not say why at length."""
+    with warnings.catch_warnings(), sdpa_kernel([backend]):
+        warnings.simplefilter("ignore")
+        yield

@@ -5,9 +5,11 @@ Nothing is downloaded, and no weight exists on the host. Twins of a few thousand
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from vlm_budget.errors import MissingExtraError
 
+from .device import Stopwatch, spread
 from .large import default_dtype
+from .passes import WrongOutputError
 
 # Released: HunyuanVideo (13 B weights) and Wan2.1 T2V 1.3B; what is not said is the class's default.
 HUNYUAN = {
@@ -42,6 +46,8 @@ LATENTS: dict[str, dict[str, tuple[int, int, int]]] = {
 }
 TOY = (4, 24, 20)
 """Latents of toys, whatever they are called."""
+MOST = 8
+"""Timed forwards after the first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +142,27 @@ def build(family: str, size: str, device: torch.device, dtype: torch.dtype) -> T
         model = make(**(WAN if family == "Wan-1.3B" else HUNYUAN)[size]).eval()
     model.requires_grad_(False)
     return Transformer(family, size, model)
+
+
+def timed_forwards(model: Transformer, video: str, watch: Stopwatch, seconds: float, reuse: int = 1) -> dict[str, Any]:
+    """The first forward of a run, which clusters from nothing and warms up, and the following ones.
+
+    Args:
+        model: Patched or not.
+        video: One of ``LATENTS``.
+        watch: The device.
+        seconds: What the following ones may take, but for one round.
+        reuse: Steps that share a clustering: whole rounds are timed, so that their mean is that of a run.
+
+    Raises:
+        WrongOutputError: Numbers that are not finite.
+    """
+    first, out = watch.wall(partial(model.forward, video, 999.0))
+    if not bool(out.isfinite().all()):
+        raise WrongOutputError(f"{model.family}, {video}: the output is not finite")
+    rounds = max(1, min(MOST, int(1000 * seconds / max(first, 1e-3))) // reuse)
+    later = [watch.wall(partial(model.forward, video, 999.0 - step))[0] for step in range(1, rounds * reuse + 1)]
+    return {"first_ms": first, "ms": spread(later), "mean_ms": statistics.mean(later)}
 
 
 class _Unmasked(TorchFunctionMode):

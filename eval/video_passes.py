@@ -8,22 +8,20 @@ clustering shared by the steps as the method shares it.
 from __future__ import annotations
 
 import statistics
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import vlm_budget
 from vlm_budget import ops
 from vlm_budget.errors import MissingExtraError
 from vlm_budget.registry import VIDEO_METHODS
-from vlm_budget.triton_kernels.block_sparse_attention import tile_of
+from vlm_budget.triton_kernels.block_sparse_attention import block_sparse_attention_triton, tile_of
 from vlm_budget.triton_kernels.tile_list import tile_list_triton
 from vlm_budget.video.dit.attend import attend, layout, pairs
 from vlm_budget.video.dit.break_even import measure
@@ -31,19 +29,13 @@ from vlm_budget.video.dit.method import SparseAttention
 
 from .device import Deadline, Stopwatch, drain, repetitions, spread
 from .op_work import TOLERANCE, difference
-from .passes import WrongOutputError
 from .steps import NotEnoughError, Record
-from .video_calls import PERIOD, STEPS, Run, amortised
-from .video_models import FAMILIES, LATENTS, Transformer, build, unmasked
+from .video_calls import BACKENDS, STEPS, Run, amortised, only
+from .video_configs import WAYS, launched
+from .video_models import FAMILIES, LATENTS, Transformer, build, timed_forwards, unmasked
 from .video_ops import DENSITY, attention, block_means_of
 from .video_shapes import SHAPES, TILE, Kind, Shape, attended_rows, cut, cut_rows, exact_rows, planted, sampled
 
-BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 TILES = {"real": TILE, "tiny": 16}
 CUTS: tuple[tuple[Kind, bool, bool], ...] = tuple(
     (kind, fixed, corrected)
@@ -65,7 +57,7 @@ LEAST = 3
 """Timed repetitions of what takes longest."""
 LENGTHS = {"real": (4_096, 8_192, 12_288, 16_384, 24_576, 32_768, 49_152, 65_536), "tiny": (384, 768)}
 FORWARD_SECONDS = 20.0
-"""What timed forwards of one way to run a model may take together, one in any case."""
+"""What forwards of one way to run a model may take together, the first and one round of clusterings apart."""
 
 
 class VideoBench:
@@ -103,6 +95,13 @@ class VideoBench:
                 name = f"{family}, {video}"
                 yield f"{name}: dense", partial(self.forward, family, video, False)
                 yield f"{name}: svg2", partial(self.forward, family, video, True)
+        for way in WAYS:
+            tma, rows, keys = way
+            name = f"configurations, {shapes[0].name}: {rows} x {keys}{', descriptors' * tma}"
+            yield name, partial(self.configurations, shapes[0], way)
+        for shape in shapes:
+            last = CUTS[-1]
+            yield f"{self._cut_name(shape, *last)}, by FlashAttention-4", partial(self.sparse, shape, *last, "fa4")
         for shape in shapes:
             for what in CALLS:
                 if what != SHIPPED:
@@ -162,17 +161,20 @@ class VideoBench:
     # --- the kernel alone ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sparse(self, shape: Shape, kind: Kind, fixed: bool, corrected: bool) -> None:
+    def sparse(self, shape: Shape, kind: Kind, fixed: bool, corrected: bool, backend: str = "auto") -> None:
         """Block-sparse attention alone, on tokens that are in order already."""
-        backend, dense_ms = self.best(shape)
+        dense, dense_ms = self.best(shape)
         tensors, tile = self._inputs(shape), TILES[self.size] if fixed else None
         blocks = cut(shape, kind, tile, DENSITY, self.device)
         means = block_means_of(*tensors[1:], blocks) if corrected else None
-        call, rows = attention(*tensors, blocks, shape.scale, means), sampled(shape.length, self.device)
+        call = partial(attention(*tensors, blocks, shape.scale, means), backend=backend)
+        rows = sampled(shape.length, self.device)
         with ops.use(self.kernels):
-            (out, lse), workspace = self._workspace(call)
-            found = out[0][:, rows].float(), lse[0][:, rows]
-            apart = difference(found, cut_rows(tensors, blocks, means, rows, shape.scale), TOLERANCE[self.dtype])
+            try:
+                result, workspace = self._workspace(call)
+            except MissingExtraError as error:
+                raise NotEnoughError(str(error).split(",")[0]) from None
+            apart = self._apart(result, rows, cut_rows(tensors, blocks, means, rows, shape.scale))
             ms = self._timed(call)
         share = blocks.pairs(corrected)
         row = {
@@ -180,16 +182,34 @@ class VideoBench:
             "map": kind,
             "tile": tile,
             "corrected": corrected,
+            "backend": backend,
             "pairs": share,
             "difference": apart,
             "ms": ms,
-            "dense": backend,
+            "dense": dense,
             "dense_ms": dense_ms,
             "share_of_ideal": share * dense_ms / ms["median"],
             "flops_per_second": share * shape.flops / ms["median"] * 1000,
             "workspace_bytes": workspace,
         }
-        self._add("kernel", row, "shape", "map", "tile", "corrected")
+        self._add("kernel", row, "shape", "map", "tile", "corrected", "backend")
+
+    @torch.no_grad()
+    def configurations(self, shape: Shape, way: tuple[bool, int, int]) -> None:
+        """Ways to launch the kernel, on blocks and a map as they ship."""
+        if self.kernels == "reference":
+            raise NotEnoughError("references have no configurations")
+        tensors, rows = self._inputs(shape), sampled(shape.length, self.device)
+        blocks = cut(shape, "clustered", None, DENSITY, self.device)
+        means = block_means_of(*tensors[1:], blocks)
+        wanted = cut_rows(tensors, blocks, means, rows, shape.scale)
+        given = (*tensors, blocks.query_sizes, blocks.key_sizes, blocks.kept, shape.scale, *means)
+
+        def time(call: Callable[[], Any]) -> dict[str, Any]:
+            return {"difference": self._apart(call(), rows, wanted), "ms": self._timed(call)}
+
+        for row in launched(partial(block_sparse_attention_triton, *given), self.dtype, way, time):
+            self._add("configurations", {"shape": shape.name, **row}, "shape", "tma", "rows", "keys", "warps", "stages")
 
     # --- whole calls -----------------------------------------------------------------------------------------------
 
@@ -237,9 +257,9 @@ class VideoBench:
         call = run.at(0, {})
         rows = sampled(shape.length, self.device)
         blocks = run.method.blocks(call)
-        (out, lse), memory = self._workspace(lambda: attend(call, blocks))
+        result, memory = self._workspace(lambda: attend(call, blocks))
         wanted = attended_rows(call, blocks, rows)
-        apart = difference((out[0][:, rows].float(), lse[0][:, rows]), wanted, TOLERANCE[self.dtype])
+        apart = self._apart(result, rows, wanted)
         dense = exact_rows(*run.tensors, rows, shape.scale)[0]
         return {
             "difference": apart,
@@ -254,7 +274,7 @@ class VideoBench:
             return None
         call = run.at(0, {})
         full = layout(call, run.method.blocks(call))
-        keys = tile_of(self.dtype, None)[1]
+        keys = tile_of(self.dtype, run.shape.head_dim)[1]
         return self._timed(partial(tile_list_triton, full.key_sizes, full.kept, run.shape.length, keys))["median"]
 
     def _method(self, shape: Shape, options: dict[str, Any]) -> SparseAttention:
@@ -283,37 +303,29 @@ class VideoBench:
         model = self._transformer(family)
         kept = [backend for backend, _ in sorted(self._ranked().items(), key=lambda item: item[1])]
         order = [BACKENDS[name] for name in (*kept, *(name for name in BACKENDS if name not in kept))]
-        forward = partial(model.forward, video)
-        options = {"density": DENSITY, "warmup": 0.0, "dense_layers": 0.0, "force": True, "timesteps": STEPS}
+        forwards = partial(timed_forwards, model, video, self.watch, min(FORWARD_SECONDS, self.deadline.left))
+        options: dict[str, Any] = {
+            "density": DENSITY,
+            "warmup": 0.0,
+            "dense_layers": 0.0,
+            "force": True,
+            "timesteps": STEPS,
+        }
         row: dict[str, Any] = {"family": family, "video": video, "tokens": model.tokens(video), **model.facts}
         if self.watch.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         with ops.use(self.kernels), sdpa_kernel(order, set_priority=True):
             if sparse:
+                handle: Any  # patch says of VLMs alone what it returns
                 with vlm_budget.patch(model.model, "svg2", **options) as handle:
-                    row |= self._forwards(forward, getattr(handle.method, "reuse", 1))
+                    row |= forwards(getattr(handle.method, "reuse", 1))
                     row["density"] = handle.report().density
             else:
                 with unmasked():
-                    row |= self._forwards(forward, 1)
+                    row |= forwards()
                 row["backend"] = kept[0] if kept else None
         peak = torch.cuda.max_memory_allocated(self.device) - self.watch.own_bytes if self.watch.cuda else None
         self._add("models", {**row, "way": "svg2" if sparse else "dense", "peak_bytes": peak}, "family", "video", "way")
-
-    def _forwards(self, forward: Callable[[float], torch.Tensor], reuse: int) -> dict[str, Any]:
-        """The first forward of a run, which clusters from nothing and warms up, and the following ones.
-
-        Args:
-            forward: Runs a step, given its timestep.
-            reuse: Steps that share a clustering: only whole turns are averaged.
-        """
-        first, out = self.watch.wall(partial(forward, 999.0))
-        if not bool(out.isfinite().all()):
-            raise WrongOutputError("the model gives numbers that are not finite")
-        affordable = int(1000 * min(FORWARD_SECONDS, self.deadline.left) / max(first, 1e-3))
-        turns = max(1, min(PERIOD, affordable) // reuse)
-        later = [self.watch.wall(partial(forward, 999.0 - step))[0] for step in range(1, turns * reuse + 1)]
-        return {"first_ms": first, "ms": spread(later), "mean_ms": statistics.mean(later)}
 
     def _ranked(self) -> dict[str, float]:
         """Milliseconds of the back ends on the first shape that was timed."""
@@ -341,6 +353,16 @@ class VideoBench:
         query, key, value = self._held[1]
         return query, key, value
 
+    def _apart(
+        self,
+        result: tuple[torch.Tensor, torch.Tensor],
+        rows: torch.Tensor,
+        wanted: tuple[torch.Tensor, torch.Tensor],
+    ) -> float:
+        """How far some rows of the first sample are from exact ones; raises where that is too far."""
+        out, lse = result
+        return difference((out[0][:, rows].float(), lse[0][:, rows]), wanted, TOLERANCE[self.dtype])
+
     def _timed(self, call: Callable[[], Any]) -> dict[str, float]:
         cost = self.watch.wall(call)[0]
         return spread(self.watch.cold([call], max(LEAST, repetitions(cost)), warmups=0))
@@ -363,13 +385,5 @@ class VideoBench:
         self.record.save(**{kind: [*others, row]})
 
 
-EMPTY: dict[str, Any] = {"dense": [], "kernel": [], "calls": [], "break_even": None, "models": [], "operations": []}
+EMPTY: dict[str, Any] = {"dense": [], "kernel": [], "calls": [], "break_even": None, "models": [], "configurations": []}
 """What a record of these steps holds at first."""
-
-
-@contextmanager
-def only(backend: SDPBackend) -> Iterator[None]:
-    """Attention takes this back end or none, and does not say why at length."""
-    with warnings.catch_warnings(), sdpa_kernel([backend]):
-        warnings.simplefilter("ignore")
-        yield

@@ -14,9 +14,7 @@ def _product(a, b, before, WIDEN: tl.constexpr):
 
 
 @device_function
-def _online(
-    q, k, v, extra, scale, total, peak, before, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDEN: tl.constexpr
-):
+def _online(q, k, v, extra, scale, total, peak, before, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDEN: tl.constexpr):
     """One step of the online softmax; ``extra`` is added to the logits of a column, -inf where there is none."""
     logits = _product(q, tl.trans(k), tl.zeros((ROWS, KEYS), tl.float32), WIDEN)
     if extra is None:

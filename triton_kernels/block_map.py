@@ -1,7 +1,7 @@
 """Which blocks of keys a block of queries attends to, from the means of both, without sorting.
 
-The mass of a pair of blocks is estimated by their means, as SVG2 does (arXiv:2505.18875): the softmax over key blocks of
-``scale * mean query . mean key``, every block counted as often as it has keys. One program per block of queries then
+The mass of a pair of blocks is estimated by their means, as SVG2 does (arXiv:2505.18875): the softmax over key blocks
+of ``scale * mean query . mean key``, every block counted as often as it has keys. One program per block of queries then
 finds, by bisection over the bits of the scores, the one at which the mass or the number of keys is reached, and where
 among its equals.
 """
@@ -15,7 +15,7 @@ import torch
 
 from vlm_budget.errors import KernelInputError
 
-from ._heads import group_strides, require_shared
+from ._heads import group_strides, lying, require_shared
 from ._launch import (
     FLOATS,
     Config,
@@ -31,7 +31,7 @@ from ._launch import (
 
 MOST_BLOCKS = 4096
 """Key blocks whose scores a program holds."""
-LOWEST, HIGHEST = -3e38, 3e38
+LOWEST, HIGHEST = -1e38, 1e38
 """Scores of infinity and of what is not a number: such a block is still one, and comes first or last."""
 SLACK = 1e-6
 """Mass is reached up to this relative difference, and keys up to this many: sums are rounded."""
@@ -139,7 +139,7 @@ def _kept_blocks(
     there = own > 0
     own = tl.where(there, own, 0)
     rank = _ranked(score, there)
-    best = tl.max(tl.where(there, score, float("-inf")), 0)
+    best = tl.max(tl.where(there, score, -3e38), 0)
     mass = tl.where(there, tl.exp(score - best), 0.0)
     target = tl.sum(mass, 0) * share
     reached = tl.zeros((), tl.uint32)
@@ -186,7 +186,7 @@ def block_map_triton(
     kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     if kept.numel():
         limits = least if density is None else most
-        sizes = key_sizes.contiguous()
+        sizes = lying(key_sizes)
         _kept_blocks.launch(
             (kept.numel() // columns,),
             scores.contiguous(), sizes, limits, kept, (top_p or 0.0) * (1 - SLACK), rows, columns, heads,

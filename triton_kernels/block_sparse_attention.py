@@ -13,13 +13,15 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import NamedTuple
 
 import torch
 
 from vlm_budget.errors import KernelInputError
 
+from . import tile_list
 from ._attended_tile import SIZES, attended_tile
-from ._heads import group_strides, require_shared
+from ._heads import group_strides, lying, require_shared
 from ._launch import (
     FLOATS,
     Config,
@@ -32,7 +34,7 @@ from ._launch import (
     require_same_device,
     require_shape,
 )
-from .tile_list import SHIFT, query_tiles, slots_for, tile_list_triton
+from .tile_list import SHIFT, listed_tiles, query_tiles, slots_for
 
 WORKSPACE = 64 * 2**20
 """Bytes that the kernel takes beside its inputs and outputs, at most: heads are taken in turns."""
@@ -96,10 +98,12 @@ def _columns(sizes: torch.Tensor, kept: torch.Tensor, keys: int, columns: int) -
     """For each query block the columns that it sees: keys, and behind all keys the means of dropped blocks."""
     count = columns - keys
     block_of = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes.long())[:keys]
-    dropped = ~kept[:, :count] & (sizes[:count] > 0)
-    for seen, mean in zip(kept, dropped, strict=True):
-        tokens = seen[block_of].nonzero().flatten()
-        yield torch.cat([tokens, keys + mean.nonzero().flatten()]) if count else tokens
+    # As many query blocks at a time as memory allows: looking up each alone takes longer than attention on few tokens.
+    for part in kept.split(max(1, ENTRIES // max(columns, 1))):
+        seen = torch.zeros(len(part), columns, dtype=torch.bool, device=kept.device)
+        seen[:, : len(block_of)] = part[:, block_of]
+        seen[:, keys:] = ~part[:, :count] & (sizes[:count] > 0)
+        yield from seen.nonzero()[:, 1].split(seen.sum(-1).tolist())
 
 
 def _attend(
@@ -168,9 +172,10 @@ def require_attention(
 KEY = ("HEAD", "KEYS", "UNIT", "TMA")
 KERNELS = {
     "half": kernel(Config(warps=8, stages=3), Config(warps=8, stages=2), key=KEY, sizes=SIZES)(attended_tile),
-    "single": kernel(Config(warps=8, stages=2), sizes=SIZES)(attended_tile),
+    "single": kernel(Config(warps=4, stages=2), sizes=SIZES)(attended_tile),
+    "lists": listed_tiles,
 }
-"""By element type; configurations differ in what is in flight alone, so in no bit."""
+"""What is launched, attention by element type. Configurations differ in what is in flight alone, so in no bit."""
 
 
 # --- wrapper ---------------------------------------------------------------------------------------------------------
@@ -178,8 +183,8 @@ KERNELS = {
 
 def tile_of(dtype: torch.dtype, head: int) -> tuple[int, int]:
     """Rows and keys of a tile: what registers hold, with the masks of heads that are no power of two."""
-    if dtype == torch.float32:
-        return 64, 32
+    if dtype == torch.float32:  # three products of halves, and both halves of every factor
+        return 16, 32
     return 128, 64 if head == power_of_two(head, 16) else 32
 
 
@@ -208,7 +213,6 @@ def turns_of(
     *,
     corrected: int = 0,
     dtype: torch.dtype = torch.bfloat16,
-    tile: int | None = None,
 ) -> Turns:
     """How a call is divided.
 
@@ -218,7 +222,6 @@ def turns_of(
         kept: [B or 1, H or 1, Cq, Ck], shape of the map, 1 only where sizes of key blocks are shared as well.
         corrected: Blocks of keys that have a mean.
         dtype: Of queries and keys.
-        tile: As in :func:`vlm_budget.ops.block_sparse_attention`.
     """
     (batch, heads, length, width), (samples, groups, query_blocks, key_blocks) = query, kept
     rows, size = tile_of(dtype, width)
@@ -265,6 +268,8 @@ def block_sparse_attention_triton(
     require_attention(query, key, value, query_sizes, key_sizes, kept, mean_keys, mean_values)
     require_dtype(FLOATS, query=query)
     require_rows(query=query, key=key, value=value)
+    require_int32(row_stride=128 * max(one.stride(2) for one in (query, key, value)))
+    key_sizes, kept = lying(key_sizes), lying(kept)
     (batch, heads, length, width), keys = query.shape, key.shape[2]
     if width > WIDEST:
         raise KernelInputError(f"the kernel takes heads of up to {WIDEST} channels, got {width}. Take the reference.")
@@ -273,57 +278,79 @@ def block_sparse_attention_triton(
     if not query_sizes.shape[2] or not key_sizes.shape[2] or not out.numel():
         return out.zero_(), lse.fill_(-torch.inf)
     ends = query_sizes.clamp_min(0).cumsum(-1).clamp_max(length)
-    begins = torch.cat([torch.zeros_like(ends[..., :1]), ends], -1)  # the last one: rows that belong to no block
+    begins = torch.cat([torch.zeros_like(ends[..., :1]), ends], -1)
     sizes = torch.cat([ends, torch.full_like(ends[..., :1], length)], -1) - begins
-    outer = torch.broadcast_shapes(key_sizes.shape[:2], kept.shape[:2])
-    corrected = 0 if mean_keys is None else mean_keys.shape[2]
-    shape, map_shape = tuple(query.shape), (*outer, *kept.shape[2:])
-    turns = turns_of(shape, keys, map_shape, corrected=corrected, dtype=query.dtype, tile=tile)
-    means = [None if one is None else one.to(query.dtype).contiguous() for one in (mean_keys, mean_values)]
+    samples, groups = torch.broadcast_shapes(key_sizes.shape[:2], kept.shape[:2])
+    turns = turns_of(
+        (batch, heads, length, width),
+        keys,
+        (samples, groups, *kept.shape[2:]),
+        corrected=0 if mean_keys is None else mean_keys.shape[2],
+        dtype=query.dtype,
+    )
+    means = (None if one is None else one.to(query.dtype).contiguous() for one in (mean_keys, mean_values))
+    whole = Part(query, key, value, *means, key_sizes, kept, begins, sizes, out, lse)
     for b, h in product(range(0, batch, turns.batch), range(0, heads, turns.heads)):
-        own = slice(b, b + turns.batch), slice(h, h + turns.heads)
-        rest = [_cut(one, own) for one in (query, key, value, *means, key_sizes, out, lse, kept, begins, sizes)]
+        part = whole.cut(slice(b, b + turns.batch), slice(h, h + turns.heads))
         for i in range(0, kept.shape[2], turns.blocks):
-            _launched(*rest, slice(i, i + turns.blocks), scale * LOG2E, tile_of(query.dtype, width), tma)
+            _launched(part, slice(i, i + turns.blocks), scale * LOG2E, tile_of(query.dtype, width), tma)
     return out, lse
 
 
-def _cut(tensor: torch.Tensor | None, own: tuple[slice, slice]) -> torch.Tensor | None:
-    """Some samples and heads, or all that there is where they share it."""
-    if tensor is None:
-        return None
-    return tensor[tuple(part if size > 1 else slice(None) for part, size in zip(own, tensor.shape, strict=False))]
+class Part(NamedTuple):
+    """What a launch works on.
+
+    Attributes:
+        query: [B, H, Lq, D].
+        key: [B, H, Lk, D].
+        value: [B, H, Lk, D].
+        mean_keys: [B, H, Cm, D], of the same element type.
+        mean_values: [B, H, Cm, D].
+        key_sizes: [B or 1, H or 1, Ck].
+        kept: [B or 1, H or 1, Cq, Ck].
+        begins: [B or 1, H or 1, Cq + 1], where query blocks begin; the last one is the rows that belong to none.
+        sizes: [B or 1, H or 1, Cq + 1], their rows.
+        out: [B, H, Lq, D], to be written.
+        lse: [B, H, Lq], to be written.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mean_keys: torch.Tensor | None
+    mean_values: torch.Tensor | None
+    key_sizes: torch.Tensor
+    kept: torch.Tensor
+    begins: torch.Tensor
+    sizes: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+
+    def cut(self, samples: slice, heads: slice) -> Part:
+        """Some samples and heads, or all that there is where they share it."""
+        every = slice(None)
+        places = {
+            name: (samples if one.shape[0] > 1 else every, heads if one.shape[1] > 1 else every)
+            for name, one in self._asdict().items()
+            if one is not None
+        }
+        return self._replace(**{name: getattr(self, name)[place] for name, place in places.items()})
 
 
-def _launched(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mean_keys: torch.Tensor | None,
-    mean_values: torch.Tensor | None,
-    key_sizes: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    kept: torch.Tensor,
-    begins: torch.Tensor,
-    sizes: torch.Tensor,
-    some: slice,
-    scale: float,
-    tile: tuple[int, int],
-    tma: bool,
-) -> None:
+def _launched(part: Part, some: slice, scale: float, tile: tuple[int, int], tma: bool) -> None:
     """The lists of some query blocks, and their tiles; with the last of them, the rows that belong to none."""
+    query, key, value, mean_keys, mean_values, key_sizes, kept, begins, sizes, out, lse = part
     (batch, heads, length, width), (rows, size), last = query.shape, tile, kept.shape[2]
     kept = kept[:, :, some].view(torch.uint8)
-    lists, counts = tile_list_triton(key_sizes, kept.view(torch.bool), key.shape[2], size)
+    lists, counts = tile_list.tile_list_triton(key_sizes, kept.view(torch.bool), key.shape[2], size)
     counts = torch.nn.functional.pad(counts, (0, 0, 0, 1))
     none = sizes[..., last:] if some.stop >= last else torch.zeros_like(sizes[..., last:])
     sizes = torch.cat([sizes[..., :last][..., some], none], -1)
     begins = torch.cat([begins[..., :last][..., some], begins[..., last:]], -1)
     most = length // rows + sizes.shape[-1]
     firsts, packed = query_tiles(begins, sizes, counts.sum(-1), rows, most)
-    tensors = [one for one in (query, key, value, mean_keys, out) if one is not None]
-    strides = [stride for one in tensors for stride in one.stride()[:3]]
+    tensors = (query, key, value, mean_keys, out)
+    strides = [stride for one in tensors for stride in ((0, 0, 0) if one is None else one.stride()[:3])]
     unit = next(unit for unit in (16, 8, 1) if not any(stride % unit for stride in strides))
     launched = KERNELS["single" if query.dtype == torch.float32 else "half"]
     call = partial(
@@ -333,8 +360,7 @@ def _launched(
         scale, heads, most, key.shape[2], lists.shape[-1], kept.shape[2],
         0 if mean_keys is None else mean_keys.shape[2],
         *(stride for one in (firsts, lists, counts, key_sizes, kept) for stride in group_strides(one)), kept.stride(2),
-        *lse.stride()[:2],
-        *(s // unit for one in (query, key, value, mean_keys, out) for s in ((0, 0, 0) if one is None else one.stride()[:3])),
+        *lse.stride()[:2], *(stride // unit for stride in strides),
         HEAD=width, WIDTH=power_of_two(width, 16), ROWS=rows, KEYS=size, MEANS=min(size, 32), UNIT=unit,
         SHIFT=SHIFT, TMA=tma, WIDEN=launched.interpreted,
     )  # fmt: skip
@@ -355,13 +381,14 @@ def with_scratch(device: torch.device, call: Callable[[], None]) -> None:
 
 def specimens() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that make shipped launches, for ``make kernels-compile``."""
-    several = [(torch.bfloat16, head) for head in (16, 32, 64, 72, 96, 128)] + [(torch.float16, 128)]
     sizes, kept = torch.full((1, 2, 3), 50, dtype=torch.int32), torch.ones(1, 2, 3, 3, dtype=torch.bool)
-    for dtype, head in (*several, (torch.float32, 64), (torch.float32, 128)):
-        rows, means = torch.zeros(1, 2, 150, head, dtype=dtype), torch.zeros(1, 2, 3, head)
-        call = partial(block_sparse_attention_triton, rows, rows, rows, sizes, sizes, kept, 0.125)
-        yield f"{dtype} heads of {head}, variable blocks", call
-        yield f"{dtype} heads of {head}, corrected", partial(call, means, means)
-        if head in (64, 128) and dtype == torch.bfloat16:
-            yield f"{dtype} heads of {head}, blocks of 128, corrected", partial(call, means, means, 128)
-            yield f"{dtype} heads of {head}, blocks of 128, descriptors", partial(call, None, None, 128, True)
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    several = [(bf16, 64), (bf16, 72), (bf16, 128), (fp16, 128), (fp32, 128)]
+    for dtype, head, corrected, tma in (
+        *((dtype, head, True, False) for dtype, head in several),
+        *((bf16, 128, False, tma) for tma in (False, True)),
+    ):
+        rows, means = torch.zeros(1, 2, 150, head, dtype=dtype), torch.zeros(1, 2, 3, head) if corrected else None
+        call = partial(block_sparse_attention_triton, rows, rows, rows, sizes, sizes, kept, 0.125, means, means)
+        words = ("corrected" if corrected else "plain") + (", descriptors" if tma else "")
+        yield f"{dtype} heads of {head}, {words}", partial(call, tma=tma)

@@ -20,7 +20,8 @@ from ._launch import Config, blocks, kernel, require_dtype, require_int32, requi
 CHUNK = 1024
 """Tokens counted at a time: fewer cost memory, more cost comparisons within a chunk."""
 TILE = 128
-"""Tokens of a chunk that are compared at a time."""
+STEP = 32
+"""Tokens of a program, and earlier ones that they are compared with at a time."""
 
 
 def counting_sort_reference(labels: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +77,7 @@ def _earlier(counted, sizes, clusters, chunks, ROWS: tl.constexpr, COLUMNS: tl.c
     tl.store(sizes + group * clusters + column, total, mask=known)
 
 
-@kernel(Config(warps=4), sizes=("length", "clusters", "chunks", "heads"))
+@kernel(Config(warps=8), sizes=("length", "clusters", "chunks", "heads"))
 def _placed(
     labels,
     earlier,
@@ -91,23 +92,29 @@ def _placed(
     head_stride,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """One tile of tokens written to their places."""
     group = tl.program_id(1).to(tl.int64)
     labels += (group // heads) * sample_stride + (group % heads) * head_stride
-    lane = tl.arange(0, TILE)
+    lane = tl.arange(0, STEP)
     first = tl.program_id(0) * TILE
     chunk = first // CHUNK
-    at = first + lane
+    at = first + tl.arange(0, TILE)
     inside = at < length
     label = tl.load(labels + at, mask=inside, other=0)
     label = tl.minimum(tl.maximum(label, 0), clusters - 1)
-    equal = (label[:, None] == label[None, :]) & (lane[None, :] < lane[:, None])
-    rank = tl.sum(equal.to(tl.int32), 1)
-    for start in range(chunk * CHUNK, first, TILE):
+    equal = tl.zeros((TILE, STEP), tl.int32)
+    for start in range(chunk * CHUNK, first, STEP):
         before = tl.load(labels + start + lane)
         before = tl.minimum(tl.maximum(before, 0), clusters - 1)
-        rank += tl.sum((label[:, None] == before[None, :]).to(tl.int32), 1)
+        equal += (label[:, None] == before[None, :]).to(tl.int32)
+    for start in range(first, first + TILE, STEP):
+        own = start + lane
+        before = tl.load(labels + own, mask=own < length, other=0)
+        before = tl.minimum(tl.maximum(before, 0), clusters - 1)
+        equal += ((label[:, None] == before[None, :]) & (own[None, :] < at[:, None])).to(tl.int32)
+    rank = tl.sum(equal, 1)
     cluster = group * clusters + label
     place = tl.load(ends + cluster, mask=inside, other=0) - tl.load(sizes + cluster, mask=inside, other=0)
     place += tl.load(earlier + (group * chunks + chunk) * clusters + label, mask=inside, other=0)
@@ -138,7 +145,7 @@ def counting_sort_triton(labels: torch.Tensor, clusters: int) -> tuple[torch.Ten
     _earlier.launch((blocks(clusters, 64), groups), counted, sizes, clusters, chunks, ROWS=32, COLUMNS=64)
     ends = sizes.cumsum(-1, dtype=torch.int32)
     tiles = blocks(length, TILE)
-    _placed.launch((tiles, groups), labels, counted, ends, sizes, order, *numbers, CHUNK=CHUNK, TILE=TILE)
+    _placed.launch((tiles, groups), labels, counted, ends, sizes, order, *numbers, CHUNK=CHUNK, TILE=TILE, STEP=STEP)
     return order, sizes
 
 

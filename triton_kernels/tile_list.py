@@ -2,7 +2,7 @@
 
 Kept key blocks that lie side by side are one run, which is cut into tiles of one size and at most one that is smaller:
 so tails are few, however small the blocks are. Tiles that are full stand at the front of a list, and those that need a
-mask at its back, counted from the end. A list is as long as it can become, since its length is known on the device only.
+mask at its back, counted from the end. A list is as long as it can become: what it holds is known on the device alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from ._heads import group_strides, require_shared
+from ._heads import group_strides, lying, require_shared
 from ._launch import Config, blocks, device_function, kernel, power_of_two, require_dtype, require_int32, tl
 
 CHUNK = 1024
@@ -73,9 +73,20 @@ def _later(left, right):
 
 @kernel(
     Config(warps=4),
-    sizes=("keys", "slots", "rows", "columns", "heads", "size_batch", "size_head", "kept_batch", "kept_head", "kept_row"),
+    sizes=(
+        "keys",
+        "slots",
+        "rows",
+        "columns",
+        "heads",
+        "size_batch",
+        "size_head",
+        "kept_batch",
+        "kept_head",
+        "kept_row",
+    ),
 )
-def _listed(
+def listed_tiles(
     sizes, kept, lists, counts, keys, slots, rows, columns, heads,
     size_batch, size_head, kept_batch, kept_head, kept_row,
     SIZE: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
@@ -142,9 +153,9 @@ def tile_list_triton(
     slots = slots_for(keys, columns, size)
     lists = torch.empty(*outer, rows, slots, dtype=torch.int32, device=kept.device)
     counts = torch.empty(*outer, rows, 2, dtype=torch.int32, device=kept.device)
-    sizes, flags = (one if one.stride(-1) == 1 else one.contiguous() for one in (key_sizes, kept.view(torch.uint8)))
+    sizes, flags = lying(key_sizes), lying(kept.view(torch.uint8))
     if counts.numel():
-        _listed.launch(
+        listed_tiles.launch(
             (counts.numel() // 2,),
             sizes, flags, lists, counts, keys, slots, rows, columns, outer[1],
             *group_strides(sizes), *group_strides(flags), flags.stride(2),

@@ -33,6 +33,25 @@ _HONEST = (
 )
 _DENSITY = 0.25
 _WHAT, _HOW = "What to make", "How it runs"
+_Density = Annotated[
+    float | None,
+    typer.Option(
+        "--density",
+        "-d",
+        help="Share of all pairs of tokens that a sparse call computes; 0.25 unless the method's options say.",
+        rich_help_panel=_WHAT,
+    ),
+]
+_Fields = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        "-o",
+        metavar="KEY=VALUE",
+        help="A field of the method, repeatable: correction=true, top_p=0.9.",
+        rich_help_panel=_WHAT,
+    ),
+]
 
 
 @app.command("demo")
@@ -44,25 +63,8 @@ def demo(
     method: Annotated[
         str, typer.Option("--method", "-m", help="See [bold]video-gen list[/bold].", rich_help_panel=_WHAT)
     ] = "svg2",
-    density: Annotated[
-        float | None,
-        typer.Option(
-            "--density",
-            "-d",
-            help="Share of all pairs of tokens that a sparse call computes; 0.25 unless the method's options say.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--option",
-            "-o",
-            metavar="KEY=VALUE",
-            help="A field of the method, repeatable: correction=true, top_p=0.9.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
+    density: _Density = None,
+    option: _Fields = None,
     warmup: Annotated[
         float, typer.Option("--warmup", help="Share of the first steps that stay dense.", rich_help_panel=_WHAT)
     ] = 0.1,
@@ -115,13 +117,8 @@ def demo(
             {
                 "command": "video-gen demo",
                 "model": model,
-                "prompt": prompt,
                 "seed": seed,
-                "steps": steps,
-                "guidance": guidance,
-                "report": report.to_dict(),
-                "quality": quality.to_dict(),
-                "relative_seconds": trial.relative_seconds,
+                **trial.facts(),
                 "picture": str(out),
             }
         )

@@ -179,11 +179,10 @@ def sweep(
     of = fingerprint(pipe, clips, steps)
     bench = Bench(pipe, clips, steps)
     journal.parent.mkdir(parents=True, exist_ok=True)
-    about, rows = _read(journal, of)
-    if about is None and part[0] == 1:
+    if part[0] == 1 and _read(journal, of)[0] is None:
         _append(journal, {"of": of, "about": _about(bench, model, of)})
     for setting in settings()[part[0] - 1 :: part[1]]:
-        if setting.key in rows or only not in setting.curve:
+        if setting.key in _read(journal, of)[1] or only not in setting.curve:  # another process may have been here
             continue
         if time.monotonic() - began > 60 * minutes:
             break

@@ -143,7 +143,7 @@ def picture(data: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("density of the run, % of all pairs (corrections counted)")
     axes.set_ylabel("PSNR against the dense clip, dB")
     axes.grid(alpha=0.2)
-    axes.legend(fontsize=8, ncols=2)
+    axes.legend(fontsize=8, ncols=2, loc="lower right")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 RECORD = Path("benchmarks/results/video_gen_quality.json")
-DENSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
-_FEW = (0.1, 0.2, 0.3)
+DENSITIES = (0.12, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+_FEW = (0.15, 0.2, 0.3)
 NO_WARMUP: dict[str, Any] = {"warmup": 0.0, "dense_layers": 0.0}
 
 

@@ -7,16 +7,18 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+_DIGITS = 5
+
 
 def of_clips(values: Sequence[float]) -> dict[str, Any]:
     """Mean, standard deviation, least and greatest of one figure per clip, and the figures."""
     finite = [value for value in values if math.isfinite(value)]
     return {
-        "mean": statistics.fmean(finite) if finite else None,
-        "sd": statistics.stdev(finite) if len(finite) > 1 else None,
-        "min": min(finite, default=None),
-        "max": max(finite, default=None),
-        "clips": [value if math.isfinite(value) else None for value in values],
+        "mean": round(statistics.fmean(finite), _DIGITS) if finite else None,
+        "sd": round(statistics.stdev(finite), _DIGITS) if len(finite) > 1 else None,
+        "min": round(min(finite), _DIGITS) if finite else None,
+        "max": round(max(finite), _DIGITS) if finite else None,
+        "clips": [round(value, _DIGITS) if math.isfinite(value) else None for value in values],
     }
 
 
@@ -27,6 +29,6 @@ def of_pairs(ours: Sequence[float | None], others: Sequence[float | None]) -> di
     spread = found["sd"]
     return {
         **found,
-        "se": None if spread is None else spread / math.sqrt(len(both)),
+        "se": None if spread is None else round(spread / math.sqrt(len(both)), _DIGITS),
         "above": sum(difference > 0 for difference in both),
     }

@@ -61,6 +61,16 @@ class Trial:
         """Time of the sparse run over that of the dense one."""
         return self.seconds[1] / self.seconds[0]
 
+    def facts(self) -> dict[str, Any]:
+        """What was asked for and what came out, as plain data."""
+        asked = {name: value for name, value in self.arguments.items() if name != "output_type"}
+        return {
+            **asked,
+            "report": self.report.to_dict(),
+            "quality": self.quality.to_dict(),
+            "relative_seconds": self.relative_seconds,
+        }
+
     def run_dense(self) -> None:
         """Make the clip as the model does."""
         self.dense = self._run()

@@ -17,6 +17,7 @@ BUILTINS = {
     "GeometryError": ValueError,
     "FrameScoreError": ValueError,
     "ImageError": ValueError,
+    "VideoAttentionError": ValueError,
     "VideoError": ValueError,
     "OptionError": ValueError,
     "ModelLoadError": OSError,

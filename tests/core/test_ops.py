@@ -108,6 +108,12 @@ CALLS: dict[str, Callable[[], Any]] = {
     "assigned_merge": lambda: ops.assigned_merge(ROWS, OWNERS, QUALITY, 7),
     "attention_rows": lambda: ops.attention_rows(QUERY, HEADS, 0.25),
     "block_means": lambda: ops.block_means(TOKENS, SHUFFLED, torch.full((1, 1, 5), 10).int()),
+    "block_map": lambda: ops.block_map(QUERY, QUERY, torch.full((1, 1, 5), 10).int(), 0.25, top_p=0.5),
+    "block_sparse_attention": lambda: ops.block_sparse_attention(
+        *(TOKENS, TOKENS, TOKENS, torch.tensor([[[50]]]).int(), torch.full((1, 1, 5), 10).int()),
+        torch.arange(5).reshape(1, 1, 1, 5) % 2 > 0,
+        scale=0.25,
+    ),
     "compact": lambda: ops.compact(numbers(2, 7, 8), INDEX, VALID, KEEP)[0],
     "compaction_index": lambda: ops.compaction_index(KEEP, 5, True),
     "counting_sort": lambda: ops.counting_sort(SHUFFLED // 5, 10),

@@ -23,6 +23,7 @@ from vlm_budget.eval.device import Deadline, Stopwatch, graph_size, repetitions
 from vlm_budget.eval.op_cases import CASES
 from vlm_budget.eval.op_work import DisagreementError, OpCase, Sizes, Work, difference, measured
 from vlm_budget.eval.steps import Record
+from vlm_budget.eval.video_ops import VIDEO_CASES
 from vlm_budget.triton_kernels import _launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,7 +147,7 @@ def test_steps_go_from_what_matters_most_to_what_matters_least(tmp_path: Path) -
 
 def test_every_operation_has_an_entry() -> None:
     public = {name for name, value in vars(ops).items() if callable(value) and name in torch_operators()}
-    assert {case.op for case in CASES} >= public
+    assert {case.op for case in (*CASES, *VIDEO_CASES)} >= public
 
 
 def torch_operators() -> set[str]:
@@ -365,7 +366,7 @@ def test_the_page_says_what_is_recorded_and_without_a_record_that_nothing_is() -
 
 def test_the_page_names_every_operation() -> None:
     named = (ROOT / "docs" / "kernels.md").read_text().split("| operation | what it does |")[1].split("\n\n")[0]
-    assert {case.op for case in CASES} <= set(re.findall(r"`(\w+)`", named))
+    assert {case.op for case in (*CASES, *VIDEO_CASES)} <= set(re.findall(r"`(\w+)`", named))
 
 
 def test_without_a_record_no_cell_holds_a_figure() -> None:

@@ -11,14 +11,16 @@ import vlm_budget
 from vlm_budget import ops
 from vlm_budget.eval.device import count_waits
 from vlm_budget.eval.large import FAMILIES, build
-from vlm_budget.eval.op_cases import CASES
+from vlm_budget.eval.op_cases import CASES as TOKEN_CASES
 from vlm_budget.eval.op_work import OpCase, Sizes, Work, difference, tensors
 from vlm_budget.eval.passes import METHODS
+from vlm_budget.eval.video_ops import VIDEO_CASES
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = (63, 111, 577, 2881)
+CASES = [*TOKEN_CASES, *VIDEO_CASES]
 CAPTURED = [case for case in CASES if not case.lists]
 
 

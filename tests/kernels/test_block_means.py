@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from pretend_device import PretendDevice
 from vlm_budget import ops
 from vlm_budget.errors import KernelInputError
 from vlm_budget.triton_kernels.block_means import block_means_triton, require_blocks
@@ -150,6 +151,21 @@ def test_one_step_of_k_means(which: Any) -> None:
     want = members.mT @ points.double() / members.sum(2)[..., None]
     torch.testing.assert_close(means[:, :, :9], want[:, :, :9].float(), **TOLERANCE)
     assert torch.equal(means[:, :, 9:], centroids[:, :, 9:])
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason=f"torch {torch.__version__} is built without CUDA")
+def test_no_reference_of_a_step_makes_the_host_wait() -> None:
+    points = torch.randn(1, 2, 63, 16)
+    with PretendDevice() as device, ops.use("reference"):
+        there = points.to("cuda")
+        with device.watch() as waits:
+            labels = ops.kmeans_assign(there, there[:, :, :5].contiguous())
+            order, sizes = ops.counting_sort(labels, 5)
+            means = ops.block_means(there, order, sizes)
+            (taken,) = ops.permute_tokens([there], [order])
+            back = ops.unpermute_tokens(taken, order)
+        assert not waits
+        assert means.is_cuda and torch.equal(back.cpu(), points)
 
 
 @BOTH

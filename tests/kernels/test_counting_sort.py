@@ -83,6 +83,7 @@ def test_many_chunks(which: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the scan takes at once."""
     monkeypatch.setattr(module, "CHUNK", 16)
     monkeypatch.setattr(module, "TILE", 16)
+    monkeypatch.setattr(module, "STEP", 8)
     labels = draw(16 * 40 + 5, 70, 1, 2)
     with ops.use(which):
         check(ops.counting_sort(labels, 70), by_hand(labels, 70))

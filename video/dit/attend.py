@@ -15,6 +15,9 @@ from vlm_budget.ops import block_sparse_attention, permute_tokens, unpermute_tok
 
 from .call import Blocks, Call
 
+ENTRIES = 2**23
+"""Numbers held at a time while pairs are counted."""
+
 
 class Layout(NamedTuple):
     """A call's L tokens in blocks.
@@ -88,9 +91,8 @@ def pairs(call: Call, blocks: Blocks) -> torch.Tensor:
         Scalar float64.
     """
     batch, heads = call.query.shape[:2]
-    rows, columns = blocks.query_sizes.long(), blocks.key_sizes
-    seen = (blocks.kept * columns[:, :, None]).sum(-1)  # whole numbers: exact, whatever the mode of matmuls
-    video = (seen * rows).sum(-1).double()
+    rows = blocks.query_sizes.long()
+    video = (_seen(blocks.kept, blocks.key_sizes) * rows).sum(-1).double()
     if blocks.mean_keys is not None:
         video = video + (rows.sum(-1) * blocks.mean_keys.shape[2]).double()
     video = video.expand(batch, heads).sum(-1)
@@ -101,6 +103,17 @@ def pairs(call: Call, blocks: Blocks) -> torch.Tensor:
     beside = heads * (2.0 * tokens * text + text * text).expand(batch)
     everything = heads * ((tokens + text) ** 2).expand(batch)
     return (video + beside).sum() / everything.sum()
+
+
+def _seen(kept: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """[B|1, H|1, Cq] int64, keys that each block of queries sees; in whole numbers, which no mode of matmuls rounds."""
+    total = max(kept.shape[1], sizes.shape[1])
+    step = max(1, ENTRIES // max(1, kept.shape[0] * kept.shape[2] * kept.shape[3]))
+    found = []
+    for first in range(0, total, step):
+        own = [side[:, first : first + step] if side.shape[1] > 1 else side for side in (kept, sizes)]
+        found.append((own[0] * own[1][:, :, None]).sum(-1))
+    return torch.cat(found, dim=1) if total > step else found[0]
 
 
 def _permuted(call: Call, full: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

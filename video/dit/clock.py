@@ -15,6 +15,7 @@ _ADVICE = (
     "Patch the pipeline that you run: one made of another's components shares its transformer, not its scheduler. A "
     "loop of your own needs patch(transformer, ..., timesteps=)."
 )
+_MOST_BRANCHES = 32  # each keeps a state of its own for every layer
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Clock:
             timestep: What the transformer was given: a number or a tensor of any shape, whose largest entry counts.
 
         Raises:
-            PatchError: The pipeline's scheduler does not drive this forward, or the pipeline is gone.
+            PatchError: The pipeline's scheduler does not drive this forward, the pipeline is gone, or there are more
+                forwards in one step than guidance makes.
             OptionError: A timestep is not among those that were given.
         """
         if self._pipeline is not None:
@@ -113,8 +115,8 @@ class Clock:
         fresh = index < len(schedule) and self._moved_to(index)
         if index >= len(schedule) or (fresh and not _agree(schedule[index], timestep)):
             raise PatchError(
-                f"the transformer was called with the timestep {_value(timestep):g}, while the scheduler of the patched "
-                f"pipeline stands at step {index} of {len(schedule)}. {_ADVICE}"
+                f"the transformer was called with the timestep {_value(timestep):g}, while the scheduler of the "
+                f"patched pipeline stands at step {index} of {len(schedule)}. {_ADVICE}"
             )
         return fresh
 
@@ -138,6 +140,11 @@ class Clock:
         schedule = self._schedule if self._schedule is not None else self._given
         steps = self._count if schedule is None else len(schedule) - self._first
         branch = self._branches.get(name, 0)
+        if branch >= _MOST_BRANCHES:
+            raise PatchError(
+                f"the transformer was called {branch + 1} times at one timestep, each time as another branch of the "
+                "same step. Where every call is a run of its own, call handle.reset() between them."
+            )
         self._branches[name] = branch + 1
         return Tick(self._index - self._first, steps, branch, fresh)
 
@@ -180,7 +187,7 @@ def _value(timestep: Any) -> float:
 
 
 def _tolerance(timestep: Any, value: float) -> float:
-    """Half of what a timestep may have lost to its type."""
+    """How far a timestep may be off, for what it lost to its type."""
     exact = not (isinstance(timestep, torch.Tensor) and timestep.is_floating_point())
     return max(abs(value), 1.0) * (1e-5 if exact else max(torch.finfo(timestep.dtype).eps, 1e-5))
 
@@ -189,19 +196,21 @@ def _index_of(schedule: torch.Tensor, timestep: Any) -> int | None:
     """Where in the schedule a timestep lies that is a part of it, by its address; None where it is no part."""
     if not isinstance(timestep, torch.Tensor) or timestep.dtype != schedule.dtype or timestep.device != schedule.device:
         return None
-    if any(stride and size > 1 for stride, size in zip(timestep.stride(), timestep.shape)):
+    if any(stride and size > 1 for stride, size in zip(timestep.stride(), timestep.shape, strict=True)):
         return None  # more than one entry of it
     try:
-        if timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
-            return None
-    except RuntimeError:  # a tensor without storage, under a transform
+        ours, theirs = (part.untyped_storage().data_ptr() for part in (schedule, timestep))
+    except RuntimeError:  # a tensor without storage
         return None
-    place, rest = divmod(timestep.storage_offset() - schedule.storage_offset(), schedule.stride(0) or 1)
+    if not ours or ours != theirs:
+        return None
+    place, rest = divmod(int(timestep.storage_offset()) - int(schedule.storage_offset()), schedule.stride(0) or 1)
     return place if not rest and 0 <= place < len(schedule) else None
 
 
 def _agree(scheduled: torch.Tensor, timestep: Any) -> bool:
-    """The timestep is the scheduled one, as far as its type can tell."""
-    expected = scheduled.to(timestep.dtype) if isinstance(timestep, torch.Tensor) else scheduled
-    value = _value(timestep)
-    return abs(float(expected) - value) <= _tolerance(timestep, value)
+    """The timestep is the scheduled one, as far as its type can tell. Waits for the device once."""
+    if not isinstance(timestep, torch.Tensor):
+        return abs(float(scheduled) - timestep) <= _tolerance(timestep, timestep)
+    expected, given = scheduled.to(timestep.dtype).to(torch.float32), timestep.max().to(torch.float32)
+    return bool((expected - given).abs() <= given.abs().clamp_min(1.0) * _tolerance(timestep, 1.0))

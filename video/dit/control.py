@@ -178,7 +178,7 @@ class Attached:
             return
         self._seam.check()
         names = list(inspect.signature(type(self.transformer).forward).parameters)[1:]
-        arguments = {**dict(zip(names, args)), **kwargs}
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         grid = self.model.grid(self.transformer, arguments)
         tick = self.control.clock.tick(self.name, arguments["timestep"])
         short = self.control.is_short(grid)
@@ -210,8 +210,8 @@ class Attached:
         # On other devices this waits for them, which is done once per run.
         if (tick.fresh or latents.device.type == "cpu") and not bool(torch.isfinite(latents).all()):
             raise VideoAttentionError(
-                f"the latents of step {tick.step} hold NaN or infinity: no attention can be computed of them. They came "
-                "so from the step before, or from the caller."
+                f"the latents of step {tick.step} hold NaN or infinity: no attention can be computed of them. They "
+                "came so from the step before, or from the caller."
             )
 
     def _begin_run(self, grid: Grid, text: int, tick: Tick, setting: Setting, short: bool) -> None:
@@ -245,10 +245,10 @@ class Attached:
         text, batch = self.model.text_tokens(arguments), arguments["hidden_states"].shape[0]
         key = grid, text, batch, tick.steps, plan
         if key not in self._settings:
-            self._settings[key] = self._worked_out(grid, text, batch, tick.steps, plan)
+            self._settings[key] = self._worked_out(grid, text, arguments["hidden_states"], tick.steps, plan)
         return self._settings[key]
 
-    def _worked_out(self, grid: Grid, text: int, batch: int, steps: int | None, plan: bool) -> Setting:
+    def _worked_out(self, grid: Grid, text: int, latents: torch.Tensor, steps: int | None, plan: bool) -> Setting:
         given, budget = self.control.method, self.control.budget
         method = self.model.preset(self.transformer).fill(given, grid)
         warmup, first = method.warmup or 0.0, method.dense_layers or 0.0
@@ -261,12 +261,12 @@ class Attached:
             method, math.floor(warmup * (steps or 0) + _SMALL_STEP), math.floor(first * self.layers + _SMALL_STEP)
         )
         if not plan:
-            remark = (
-                f"{grid.tokens} video tokens ({grid}) are fewer than the {self.control.break_even} from which on sparse "
-                "attention is expected to be faster than dense attention: everything stays dense. force=True makes it "
-                "sparse all the same."
+            short = (
+                f"{grid.tokens} video tokens ({grid}) are fewer than the {self.control.break_even} from which on "
+                "sparse attention is expected to be faster than dense attention: everything stays dense. force=True "
+                "makes it sparse all the same."
             )
-            return replace(setting, remark=remark)
+            return replace(setting, remark=short)
         if budget is not None:
             heads, width = self.model.heads(self.transformer)
             run = Run(
@@ -278,10 +278,10 @@ class Attached:
                 steps=steps,
                 warmup_steps=setting.warmup_steps,
                 dense_layers=setting.dense_layers,
-                branches=batch,
+                branches=latents.shape[0],
             )
             ask = replace(method, density=None)
-            bought = density_for(budget, ask, run, lambda: self._times(grid, text, batch, ask))
+            bought = density_for(budget, ask, run, lambda: self._times(grid, text, latents, ask))
             setting = replace(setting, method=replace(method, density=bought))
         density = setting.method.density
         if density is not None and density < 1:
@@ -313,7 +313,14 @@ class Attached:
         return Moment(now.tick.step, now.tick.steps, layer, self.layers, now.tick.branch, part)
 
     def attend(
-        self, layer: int, part: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scale: float
+        self,
+        layer: int,
+        part: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        scale: float,
     ) -> torch.Tensor:
         """Compute one call of self-attention sparsely.
 
@@ -346,26 +353,26 @@ class Attached:
         self.control.account.sparse(call, blocks, out, pairs(call, blocks))
         return out
 
-    def _times(self, grid: Grid, text: int, batch: int, method: SparseAttention) -> Times:
-        """Time dense and sparse attention on random tensors of the shape at hand, before any block runs."""
+    def _times(self, grid: Grid, text: int, latents: torch.Tensor, method: SparseAttention) -> Times:
+        """Time dense and sparse attention on random tensors of the shape at hand, before any block runs.
+
+        On the latents' device and in their type: weights that are offloaded are elsewhere, or of another type.
+        """
         heads, width = self.model.heads(self.transformer)
+        batch = latents.shape[0]
         samples = 1 if self.model.per_sample else batch
         shape = samples, heads, grid.tokens + text, width
-        weight = next(self.transformer.parameters())
-        # Offloaded weights are elsewhere than where they will be used.
-        device = getattr(getattr(self.transformer, "_hf_hook", None), "execution_device", None) or weight.device
-        generator = torch.Generator(device).manual_seed(0)
+        generator = torch.Generator(latents.device).manual_seed(0)
         query, key, value = (
-            torch.randn(shape, generator=generator, device=device, dtype=weight.dtype) for _ in range(3)
+            torch.randn(shape, generator=generator, device=latents.device, dtype=latents.dtype) for _ in range(3)
         )
         first = text if self.model.text == "first" else 0
         moment = Moment(0, None, 0, self.layers)
         call = Call(query, key, value, grid, first, None, False, width**-0.5, moment)
         measured = time_calls(call, method, lambda: self._seam.dense(query, key, value))
-        if samples == batch:
-            return measured
+        calls = batch // samples
         (low, fast), (high, slow) = measured.low, measured.high
-        return Times(batch * measured.dense, (low, batch * fast), (high, batch * slow))
+        return Times(calls * measured.dense, (low, calls * fast), (high, calls * slow))
 
 
 def check_head(width: int) -> None:

@@ -179,7 +179,7 @@ def patch_video(
         raise OptionError(f"break_even is a number of video tokens, 0 or more, got {break_even!r}")
     is_pipeline = not isinstance(unwrapped(model), nn.Module)
     if is_pipeline and timesteps is not None:
-        raise OptionError("timesteps= is for a transformer without its pipeline; a pipeline's scheduler tells its steps")
+        raise OptionError("timesteps= is for a transformer alone; a pipeline's scheduler tells its steps")
     clock = Clock(model if is_pipeline else None, timesteps)
     control = Control(chosen, spend, clock, bool(force), break_even)
     attached = []
@@ -234,7 +234,8 @@ def find_transformers(model: Any) -> dict[str, tuple[nn.Module, VideoModel]]:
 
 def _model_of(transformer: nn.Module) -> VideoModel | None:
     names = {cls.__name__ for cls in type(transformer).__mro__}
-    return next((VIDEO_MODELS.get(name)() for name in VIDEO_MODELS if VIDEO_MODELS.get(name).transformer in names), None)
+    known: list[type[VideoModel]] = [VIDEO_MODELS.get(name) for name in VIDEO_MODELS]
+    return next((cls() for cls in known if cls.transformer in names), None)
 
 
 def _method(method: Any, options: dict[str, Any]) -> SparseAttention:
@@ -278,7 +279,8 @@ def _check(transformer: nn.Module, known: VideoModel, method: SparseAttention, c
     if warmup and not clock.counts:
         raise OptionError(
             f"the first {warmup:.0%} of a run's steps are dense, and a transformer without its pipeline does not tell "
-            "how many there are. Pass timesteps= (their number, or the scheduler's timesteps), warmup=0, or the pipeline."
+            "how many there are. Pass timesteps= (their number, or the scheduler's timesteps), warmup=0, or the "
+            "pipeline."
         )
 
 

@@ -97,7 +97,7 @@ class KeyMask:
 def _foreign(what: str) -> PatchError:
     return PatchError(
         f"this version of diffusers makes HunyuanVideo-1.5's attention mask in a way that is not known here ({what}). "
-        "Undo the patch, or use diffusers 0.35 to 0.42."
+        "Undo the patch, or use diffusers 0.42, with which it was tried."
     )
 
 

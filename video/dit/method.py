@@ -99,10 +99,11 @@ class SparseAttention:
 
     def __str__(self) -> str:
         """The class and the fields that are not the default."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
         said = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in fields(self)
-            if getattr(self, field.name) != field.default
+            f"{field.name}={f'{value:.4g}' if isinstance(value, float) else repr(value)}"
+            for field, value in zip(fields(self), given.values(), strict=True)
+            if value != field.default
         ]
         return f"{type(self).__name__}({', '.join(said)})"
 

@@ -1,8 +1,8 @@
-"""Where sparse attention enters a diffusers transformer: its own attention processors, each under a subclass of its class.
+"""Where sparse attention enters a diffusers transformer: its own processors, each under a subclass of its class.
 
-A processor keeps its identity and its attributes, and ``inspect.signature``, by which diffusers decides what a processor
-is passed, still sees the original. Dense calls run the untouched ``__call__`` on the user's own attention back end. In a
-sparse call the same code runs on the native back end, and a ``TorchFunctionMode`` takes its call of
+A processor keeps its identity and its attributes, and ``inspect.signature``, by which diffusers decides what a
+processor is passed, still sees the original. Dense calls run the untouched ``__call__`` on the user's own attention
+back end. In a sparse call the same code runs on the native back end, and a ``TorchFunctionMode`` takes its call of
 ``scaled_dot_product_attention``: nothing of diffusers is copied, and nothing global is changed.
 """
 
@@ -39,7 +39,14 @@ class Owner(Protocol):
         """What the processor is given in place of its attention mask."""
 
     def attend(
-        self, layer: int, part: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scale: float
+        self,
+        layer: int,
+        part: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        scale: float,
     ) -> torch.Tensor:
         """Compute one call."""
 
@@ -71,7 +78,7 @@ class SparseProcessor:
 @functools.cache
 def sparse_class(original: type) -> type:
     """The subclass for processors of a class; one for each class."""
-    inner: Callable[..., Any] = original.__call__  # type: ignore[operator]
+    inner: Callable[..., Any] = original.__call__
 
     @functools.wraps(inner)
     def call(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -116,7 +123,7 @@ class Seam:
     def _change(self, processor: Any) -> None:
         if isinstance(processor, SparseProcessor):
             return  # one processor may serve many modules
-        original = type(processor)
+        original: Any = type(processor)
         try:
             processor.__class__ = sparse_class(original)
         except TypeError as error:
@@ -131,7 +138,7 @@ class Seam:
         while self._changed:
             processor = self._changed.pop()
             if isinstance(processor, SparseProcessor):
-                processor.__class__ = type(processor).original  # type: ignore[assignment]
+                processor.__class__ = type(processor).original
         for attention in self._attentions:
             attention.__dict__.pop(SITE, None)
 
@@ -187,7 +194,8 @@ def _run(
     if not interception.calls:
         raise PatchError(
             f"{type(processor).original.__name__} computed its attention without calling scaled_dot_product_attention, "
-            "so that nothing of it could be made sparse. Undo the patch, or use the processors that the model came with."
+            "so that nothing of it could be made sparse. Undo the patch, or use the processors that the model came "
+            "with."
         )
     return out
 
@@ -235,7 +243,7 @@ class _Interception(TorchFunctionMode):
     ) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        given = {**dict(zip(_ARGUMENTS, args)), **(kwargs or {})}
+        given = {**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
         query, key, value = given["query"], given["key"], given["value"]
         if given.get("is_causal") or given.get("dropout_p"):
             raise VideoAttentionError(

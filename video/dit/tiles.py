@@ -102,7 +102,7 @@ def sides(grid: Grid) -> Extent:
 
 def drawn(tokens: int, count: int, seed: int) -> torch.Tensor:
     """[count] int64 on the host: different tokens in pseudo-random order, the same for every sample and head."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randperm(tokens, generator=generator, device="cpu")[:count]
 
 

@@ -2,10 +2,13 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from host_waits import ALWAYS, INDEXING
 from vlm_budget.errors import PatchError
 from vlm_budget.video.dit.account import FIRST_LAYERS, SHORT, WARMUP, Account, RunInfo, sample_rows, sampled_steps
 from vlm_budget.video.dit.call import Blocks, Call, Grid, Moment
@@ -197,6 +200,30 @@ def test_a_new_run_forgets_the_last_one_but_for_lasting_warnings() -> None:
     report = account.report()
     assert report.calls == 1
     assert report.warnings == ("stays",)
+
+
+class Silent(TorchDispatchMode):
+    """Refuses operators for which the host would wait on a device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        assert name not in ALWAYS, f"{name} waits for the device"
+        assert name not in INDEXING, f"{name} waits for a mask's size"
+        return func(*args, **(kwargs or {}))
+
+
+def test_taking_note_of_calls_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    account = Account(rows=4, heads=2, steps=2)
+    call = call_of(text=9, padding=4)
+    blocks, density = blocks_of(call), torch.tensor(0.3)
+    with Silent(), monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "tolist", lambda _: pytest.fail("tolist waits for the device"))
+        account.begin(run_info())
+        account.dense(call.moment, WARMUP)
+        account.sparse(call, blocks, call.query, density)
+    assert account.report().error is not None
+    with pytest.raises(AssertionError, match="waits for the device"), Silent():
+        density.item()
 
 
 def test_an_account_without_a_run_has_nothing_to_report() -> None:

@@ -8,10 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from video_calls import SMALL, at_step, block_of, dense_under, sample_of, token_mask
+from pretend_device import PretendDevice
+from video_calls import SMALL, at_step, block_of, computed, dense_under, sample_of, token_mask
 from video_calls import call_of as call_on
+from vlm_budget.video.dit import attend as module
+from vlm_budget.video.dit import tiles
 from vlm_budget.video.dit.attend import attend, pairs
 from vlm_budget.video.dit.call import Blocks, Call, Grid
+from vlm_budget.video.dit.method import SparseAttention
+from vlm_budget.video.dit.methods.block_topk import BlockTopK
+from vlm_budget.video.dit.methods.radial import Radial
+from vlm_budget.video.dit.methods.sliding_tile import SlidingTile
+from vlm_budget.video.dit.methods.svg1 import SVG1
+from vlm_budget.video.dit.methods.svg2 import SVG2
 from vlm_budget.video.dit.tiles import Cut, cubes, fixed_blocks
 
 CLOSE = {"atol": 1e-5, "rtol": 0.0}
@@ -128,8 +137,12 @@ def test_strided_tensors_of_half_precision_are_taken_as_they_are() -> None:
 
 
 @EVERY_LAYOUT
+@pytest.mark.parametrize("entries", [1, 2**23], ids=["head by head", "at once"])
 @pytest.mark.parametrize("correction", [False, True], ids=["plain", "corrected"])
-def test_pairs_are_the_share_of_valid_pairs_that_are_computed(layout: dict, correction: bool) -> None:
+def test_pairs_are_the_share_of_valid_pairs_that_are_computed(
+    layout: dict, correction: bool, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ENTRIES", entries)
     call = call_of(batch=2, **layout)
     blocks = random_blocks(call, correction)
     valid = torch.ones(2, call.query.shape[2], dtype=torch.bool) if call.valid is None else call.valid
@@ -146,3 +159,38 @@ def test_one_token_and_one_block() -> None:
     blocks = Blocks(None, cut.sizes, None, cut.sizes, torch.ones(1, 1, 1, 1, dtype=torch.bool))
     assert torch.allclose(attend(call, blocks)[0].double(), dense_under(call, blocks)[0], **CLOSE)
     assert float(pairs(call, blocks)) == 1
+
+
+SPARSE = {
+    "svg2": SVG2(density=0.5, reuse=2),
+    "svg2 fixed": SVG2(density=0.5, cut="fixed", block_size=16, sample=0.5, reuse=1),
+    "svg2 top-p": SVG2(top_p=0.7, correction=False),
+    "svg1": SVG1(density=0.5, block_size=16),
+    "radial": Radial(density=0.6, block_size=16),
+    "sliding tile": SlidingTile(density=0.5, extent=(2, 3, 4)),
+    "block top-k": BlockTopK(density=0.6, extent=(2, 3, 4), correction=True),
+}
+
+
+@pytest.mark.parametrize("method", SPARSE.values(), ids=SPARSE)
+def test_the_host_does_not_wait_for_the_device(method: SparseAttention, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_BUDGET_KERNELS", "reference")
+    call = call_of(batch=2, text=5, first=2, valid=[5, 3])
+    want = [computed(method, at_step(call, step))[0] for step in range(3)]
+    outs = []
+    try:
+        with PretendDevice(("vlm_budget", __name__)) as device, torch.no_grad():
+            moved = {name: getattr(call, name).to("cuda") for name in ("query", "key", "value", "valid")}
+            there = at_step(call, 0, **moved, state={})
+            for step in range(3):
+                now = at_step(there, step)
+                with device.watch() as found:
+                    out, blocks = computed(method, now)
+                    share = pairs(now, blocks)
+                outs.append(out.cpu())
+                assert not [wait for wait in found if not wait.by.reference], found
+            assert 0 < float(share) < 1
+    finally:
+        tiles._per_grid.cache_clear()  # tensors of a device that is no more
+    for out, wanted in zip(outs, want, strict=True):
+        assert torch.allclose(out, wanted, **CLOSE)

@@ -1,4 +1,4 @@
-"""Patched pipelines of diffusers: which step it is, which forwards are dense, and that everything around still works."""
+"""Patched pipelines of diffusers: which step it is, which forwards are dense, and that everything else works."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+
 import vlm_budget
 from tiny_pipelines import PIPELINES, TinyPipeline, tiny_pipeline
 from tiny_video import Shuffled, tiny_video
@@ -48,9 +49,7 @@ def test_steps_branches_and_warm_up_are_those_of_the_pipeline(name: str) -> None
             tiny(steps=4)
         # Wan 2.2 hands over where the boundary lies, and counts on.
         names = ["transformer"] * 2 + ["transformer_2"] * 2 if name == "wan_22" else ["transformer"] * 4
-        run = [
-            (names[step], step, 4, branch, step < 2) for step in range(4) for branch in range(tiny.forwards)
-        ]
+        run = [(names[step], step, 4, branch, step < 2) for step in range(4) for branch in range(tiny.forwards)]
         assert seen == run + run
         report = handle.report()
     assert report.steps == 4

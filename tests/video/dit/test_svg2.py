@@ -180,6 +180,15 @@ def test_only_reused_orders_are_remembered() -> None:
         assert call.state["svg2"].query.order.shape[2] == call.state["svg2"].key.order.shape[2] == length
 
 
+def test_a_second_call_in_one_step_finds_its_own_clusters_unless_they_are_reused() -> None:
+    other = torch.randn_like(call_of().key)
+    for reuse in (1, 2):
+        call, method = call_of(), SVG2(density=0.4, reuse=reuse)
+        first = method.blocks(call).key_order
+        again = computed(method, at_step(call, 0, key=other))[1].key_order
+        assert again.shape == first.shape and torch.equal(again, first) == (reuse == 2)
+
+
 def test_seeds_differ_and_repeat() -> None:
     orders = [SVG2(density=0.4, seed=seed).blocks(call_of()).key_order for seed in (0, 0, 1)]
     assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
@@ -261,6 +270,13 @@ def test_presets_are_about_the_published_numbers_of_clusters() -> None:
         found = SVG2()._counts(grid)
         assert found[0] == pytest.approx(query, rel=0.07) and found[1] <= key + 2
     assert SVG2()._counts(Grid(33, 45, 80))[1] == pytest.approx(1000, rel=0.01)
+    assert SVG2()._counts(Grid(12, 10, 10)) == (150, 63) and SVG2()._counts(ODD)[0] == 40
+    assert SVG2()._counts(Grid(1, 1, 1)) == (1, 1)
+
+
+def test_it_is_named_by_what_is_not_the_default() -> None:
+    assert str(SVG2()) == "SVG2()"
+    assert str(SVG2(density=0.3061805555, cut="fixed", reuse=4)) == "SVG2(density=0.3062, reuse=4, cut='fixed')"
 
 
 def test_flops_of_clustering_by_hand() -> None:

@@ -42,8 +42,11 @@ from vlm_budget.video.dit.tiles import Cut, drawn, fixed_blocks, per_grid
 
 FLOOR = 0.1
 """Least share of keys with top-p, as published (there a share of the clusters)."""
-LARGEST = 4
+LARGEST = 8
 """A block of keys has at most this many times the mean of a cluster."""
+SMALLEST, SHORT = 8, 150
+"""Tokens of a query cluster, and clusters, in short videos: more clusters cost no pairs, and tiles are not filled there
+anyway. On our small model's tokens (1,200, density 0.25) the error fell from 0.17 with 40 to 0.09 with 150."""
 MOST_CLUSTERS = 2048
 """Cut into pieces, as many clusters of keys make at most twice as many blocks, of which one row can choose."""
 
@@ -73,7 +76,8 @@ class SVG2(SparseAttention):
         floor: Least share of keys for every row. With a density, whose promise comes first, a row may be one block
             short of it. None: 0.1 with ``top_p``, else none.
         correction: Dropped blocks count by their mean key and value.
-        query_clusters: None: 1.16 times the root of the video's tokens, which is about what is published.
+        query_clusters: None: 1.16 times the root of the video's tokens, which is about what is published; in short
+            videos more, of 8 tokens and up to 150.
         key_clusters: None: 0.9 times their number to the power of 0.6, likewise.
         init_iterations: k-means iterations of a layer's first sparse step.
         iterations: Those of later steps.
@@ -179,8 +183,8 @@ class SVG2(SparseAttention):
             OptionError: More than there are tokens.
         """
         tokens = grid.tokens
-        query = max(1, round(1.16 * math.sqrt(tokens))) if self.query_clusters is None else self.query_clusters
-        key = max(1, round(0.9 * tokens**0.6)) if self.key_clusters is None else self.key_clusters
+        query = self.query_clusters or max(round(1.16 * math.sqrt(tokens)), min(-(-tokens // SMALLEST), SHORT))
+        key = self.key_clusters or max(1, round(0.9 * tokens**0.6))
         for name, count in (("query_clusters", query), ("key_clusters", key)):
             if count > tokens:
                 raise OptionError(f"{name}={count} is more than the {tokens} tokens of a grid of {grid}")

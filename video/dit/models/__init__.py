@@ -1,1 +1,1 @@
-"""The video transformers of diffusers that are supported: where their attention is, what its tokens are, and presets."""
+"""The supported video transformers of diffusers: where their attention is, what its tokens are, and presets."""

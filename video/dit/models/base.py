@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vlm_budget.errors import VideoAttentionError
+
 from ..call import Grid
 from ..method import SparseAttention, rounded_up
 
@@ -108,7 +109,9 @@ class VideoModel:
             raise VideoAttentionError(
                 f"{self.transformer} takes latents of five dimensions, got a tensor of shape {list(states.shape)}"
             )
-        frames, rows, cols = (n // size for n, size in zip(self.latents(states), self.patch(transformer.config)))
+        frames, rows, cols = (
+            n // size for n, size in zip(self.latents(states), self.patch(transformer.config), strict=True)
+        )
         return Grid(frames, rows, cols)
 
     def text_tokens(self, arguments: Mapping[str, Any]) -> int:

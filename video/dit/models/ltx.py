@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from vlm_budget.errors import VideoAttentionError
+
 from ..call import Grid
 from .base import Preset, VideoModel
 

@@ -127,19 +127,26 @@ def calls(data: dict[str, Any]) -> str:
 
 
 def spent(data: dict[str, Any]) -> str:
-    """One row per operation."""
+    """One row per operation, beside its share of the dense time."""
     shipped = {row["shape"]: row for row in data["calls"] if row["what"] == SHIPPED}
     names = sorted({name for row in shipped.values() for name in row["parts_ms"]})
+
+    def cells(times: dict[str, float | None]) -> list[str]:
+        return [
+            NOT_YET
+            if times.get(shape) is None
+            else f"{ms(times[shape])} ({times[shape] / shipped[shape]['dense_ms']:.1%})"
+            for shape in NAMES
+        ]
+
     rows = [
         [f"`{name}`" if name != "other" else "all else"]
-        + [ms(shipped[shape]["parts_ms"].get(name, 0.0)) if shape in shipped else NOT_YET for shape in NAMES]
+        + cells({shape: row["parts_ms"].get(name, 0.0) for shape, row in shipped.items()})
         for name in names
     ]
-    listed = [shipped[shape]["tile_list_ms"] if shape in shipped else None for shape in NAMES]
-    rows += [["lists of tiles (in the attention)", *(NOT_YET if each is None else ms(each) for each in listed)]] * bool(
-        rows
-    )
-    return shown(["ms", *NAMES], rows)
+    listed = cells({shape: row["tile_list_ms"] for shape, row in shipped.items()})
+    rows += [["lists of tiles (in the attention)", *listed]] * bool(rows)
+    return shown(["ms, and of the dense time", *NAMES], rows)
 
 
 def break_even(data: dict[str, Any]) -> str:

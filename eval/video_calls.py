@@ -23,8 +23,8 @@ from .device import drain
 from .video_shapes import Shape
 
 BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
@@ -36,7 +36,13 @@ PERIOD = 8
 
 @dataclass(frozen=True)
 class Run:
-    """Sparse calls of one layer, step after step, on the same tensors."""
+    """Sparse calls of one layer, step after step, on the same tensors.
+
+    Attributes:
+        method: What chooses pairs.
+        shape: Of the calls.
+        tensors: Queries, keys and values, [1, H, L, D].
+    """
 
     method: SparseAttention
     shape: Shape

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vlm_budget import ops
+from vlm_budget.ops.block_sparse_attention import Backend
 from vlm_budget.video.dit.call import Grid
 
 from .op_work import TOLERANCE, Bound, OpCase, Sizes, Work, weight
@@ -137,13 +138,13 @@ def attention(
     blocks: Cut,
     scale: float,
     means: tuple[torch.Tensor, torch.Tensor] | None,
+    backend: Backend = "auto",
 ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
     """A call of block-sparse attention."""
     keys, values = means or (None, None)
     given = (query, key, value, blocks.query_sizes, blocks.key_sizes, blocks.kept)
-    return partial(
-        ops.block_sparse_attention, *given, scale=scale, mean_keys=keys, mean_values=values, tile=blocks.tile
-    )
+    named = {"mean_keys": keys, "mean_values": values, "tile": blocks.tile, "backend": backend}
+    return partial(ops.block_sparse_attention, *given, scale=scale, **named)  # type: ignore[arg-type]
 
 
 def block_means_of(key: torch.Tensor, value: torch.Tensor, blocks: Cut) -> tuple[torch.Tensor, torch.Tensor]:

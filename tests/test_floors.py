@@ -31,6 +31,7 @@ FOREIGN = {
     "triton_kernels": {"torch", "triton"},
     "vlm_budget": CORE | {"rich", "PIL"},  # reports are rich tables, images.py and picture.py are Pillow
     "vlm_budget/cli": CORE | {"typer", "rich", "PIL"},
+    "vlm_budget/ops/flash_blocks.py": CORE | {"flash_attn"},  # a back end that may be installed
     "vlm_budget/search": CORE | {"rich", "optuna", "scipy", "matplotlib"},  # the extra "search", imported where used
     "vlm_budget/serving": CORE | {"vllm"},
     "pruners": METHODS,

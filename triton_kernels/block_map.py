@@ -140,7 +140,7 @@ def _kept_blocks(
     own = tl.where(there, own, 0)
     rank = _ranked(score, there)
     best = tl.max(tl.where(there, score, -3e38), 0)
-    mass = tl.where(there, tl.exp(score - best), 0.0)
+    mass = tl.exp(tl.where(there, score - best, float("-inf")))
     target = tl.sum(mass, 0) * share
     reached = tl.zeros((), tl.uint32)
     for bit in range(0, 32):

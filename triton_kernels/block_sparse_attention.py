@@ -288,8 +288,10 @@ def block_sparse_attention_triton(
         corrected=0 if mean_keys is None else mean_keys.shape[2],
         dtype=query.dtype,
     )
-    means = (None if one is None else one.to(query.dtype).contiguous() for one in (mean_keys, mean_values))
-    whole = Part(query, key, value, *means, key_sizes, kept, begins, sizes, out, lse)
+    mean_keys, mean_values = (
+        None if one is None else one.to(query.dtype).contiguous() for one in (mean_keys, mean_values)
+    )
+    whole = Part(query, key, value, mean_keys, mean_values, key_sizes, kept, begins, sizes, out, lse)
     for b, h in product(range(0, batch, turns.batch), range(0, heads, turns.heads)):
         part = whole.cut(slice(b, b + turns.batch), slice(h, h + turns.heads))
         for i in range(0, kept.shape[2], turns.blocks):

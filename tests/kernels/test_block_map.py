@@ -73,7 +73,7 @@ def test_kernel_equals_reference_equals_loop(columns: int, rule: dict[str, float
 @pytest.mark.parametrize("shared", [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("rule", [RULES[1], RULES[3]], ids=str)
 def test_samples_and_heads_may_share_sizes(run: Any, shared: tuple[int, int], rule: dict[str, float]) -> None:
-    query, key, sizes = draw(3, 33)
+    query, key, sizes = draw(1, 33)
     sizes = sizes[: shared[0], : shared[1]]
     whole = run(query, key, sizes.expand(2, 2, -1).contiguous(), 0.25, **rule)
     assert torch.equal(run(query, key, sizes, 0.25, **rule), whole)
@@ -116,9 +116,9 @@ def test_planted_blocks_are_found(run: Any) -> None:
 
 @BOTH
 def test_a_density_is_a_promise_and_the_best_block_is_always_kept(run: Any) -> None:
-    query, key, sizes = draw(7, 33, seed=5)
+    query, key, sizes = draw(3, 33, seed=5)
     scores = (query @ key.transpose(-1, -2)) * 0.25 + sizes.float().log()[:, :, None]
-    for density in (0.01, 0.1, 0.5):
+    for density in (0.01, 0.3):
         kept = run(query, key, sizes, 0.25, density=density)
         keys = (kept * sizes[:, :, None]).sum(-1)
         assert ((keys <= density * sizes.sum(-1)[..., None]) | (kept.sum(-1) == 1)).all()
@@ -127,7 +127,7 @@ def test_a_density_is_a_promise_and_the_best_block_is_always_kept(run: Any) -> N
 
 @BOTH
 def test_what_is_not_a_number_comes_last_and_no_keys_are_no_blocks(run: Any) -> None:
-    query, key, sizes = draw(3, 7)
+    query, key, sizes = draw(2, 7)
     sizes[:] = 2
     key[:, :, 3] = torch.nan
     key[:, :, 5] = torch.inf
@@ -135,7 +135,7 @@ def test_what_is_not_a_number_comes_last_and_no_keys_are_no_blocks(run: Any) -> 
     kept = run(query.abs(), key, sizes, 0.25, top_p=0.999999)
     assert not kept[1, :, :, 3].any() and kept[1, :, :, 5].all() and kept.any(-1).all()
     assert run(query.abs(), key, sizes, 0.25, top_p=1.0).all()
-    for rule in RULES:
+    for rule in (RULES[1], RULES[3]):
         assert not run(query, key, torch.zeros_like(sizes), 0.25, **rule).any()
 
 

@@ -213,14 +213,15 @@ def _sparse_ms(call: Call, method: SparseAttention) -> float:
     """Mean over some steps, after a first one, which clusters from nothing."""
     kept: dict[str, object] = {}
 
-    def step(number: int) -> None:
-        now = replace(call, state=kept, moment=replace(call.moment, step=number))
-        attend(now, method.blocks(now))
+    def steps(first: int, count: int) -> None:
+        for number in range(first, first + count):
+            now = replace(call, state=kept, moment=replace(call.moment, step=number))
+            attend(now, method.blocks(now))
 
-    step(0)
+    steps(0, 1)
     reuse = getattr(method, "reuse", 1)
     rounds = reuse * max(1, ROUNDS // reuse)
-    return _milliseconds(call.query.device, lambda: [step(1 + number) for number in range(rounds)]) / rounds
+    return _milliseconds(call.query.device, lambda: steps(1, rounds)) / rounds
 
 
 def _milliseconds(device: torch.device, run: Callable[[], object]) -> float:

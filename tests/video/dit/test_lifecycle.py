@@ -277,6 +277,17 @@ def test_a_compiled_transformer_is_patched_inside() -> None:
     torch._dynamo.reset()
 
 
+def test_adapters_can_be_added_under_the_patch() -> None:
+    from peft import LoraConfig
+
+    video = tiny_video("wan")
+    with sparse(video) as handle:
+        expected = video()
+        video.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"]))
+        assert torch.equal(video(), expected)  # new adapters begin at zero
+        assert handle.report().sparse_calls == 2 * 3
+
+
 def test_suspended_runs_are_dense_and_not_reported() -> None:
     video = tiny_video("wan")
     before = video()

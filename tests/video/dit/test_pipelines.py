@@ -212,6 +212,17 @@ def test_cpu_offload_before_or_after_patching() -> None:
         remove_hook_from_module(tiny.pipe.transformer, recurse=True)
 
 
+def test_a_cache_of_blocks_skips_calls_and_can_be_taken_away() -> None:
+    tiny = tiny_pipeline("wan")
+    with sparse(tiny) as handle:
+        expected = tiny()
+        tiny.pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=10.0))
+        tiny()
+        assert handle.report().calls < 4 * 2 * 3
+        tiny.pipe.transformer.disable_cache()
+        assert torch.equal(tiny(), expected)
+
+
 def test_a_pipeline_whose_scheduler_cannot_be_read_tells_steps_by_value() -> None:
     """Timesteps that lie elsewhere in memory, and no ``step_index``."""
     tiny = tiny_pipeline("cogvideox")

@@ -135,7 +135,7 @@ def _errors(call: Call, rows: torch.Tensor, spatial: torch.Tensor, temporal: tor
         for first in range(0, heads, step):
             at = (sample, slice(first, first + step))
             value = call.values[at]
-            logits = (query[at] @ call.keys[at].mT).float() * call.scale
+            logits = ((query[at] * call.scale) @ call.keys[at].mT).float()
             dense = logits.softmax(-1).to(value.dtype) @ value
             for kind, seen in enumerate((spatial, temporal)):
                 out = logits.masked_fill(~seen, -torch.inf).softmax(-1).to(value.dtype) @ value

@@ -171,7 +171,7 @@ class SVG2(SparseAttention):
         for clusters in self._counts(grid):
             flops += iterations * among * width * (2 * clusters + 1)
             flops += times * tokens * clusters * width * 2 if among < tokens else 0
-        rows, columns = self._counts(grid)[0], self._key_blocks(grid, self._rule(grid)[1])
+        rows, columns = self._counts(grid)[0], self._key_blocks(grid, _bounds(tokens, self._counts(grid)[1])[1])
         if self.cut == "fixed":
             rows = columns
         return flops + calls * width * (tokens * (3 if self.correction else 2) + 2 * rows * columns)

@@ -2,7 +2,7 @@
 
 Clips of held-out words and noise are made dense, and then with each setting from the same noise. A line of JSON per
 setting goes into a journal as soon as it is done, so that a second start goes on; the record is written from the
-journal. Several processes may share the work and the journal: ``--part 1/2`` and ``--part 2/2``.
+journal. A second process with ``--backwards`` shares work and journal.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def sweep(
     clips: int = 8,
     steps: int = STEPS,
     only: str = "",
-    part: tuple[int, int] = (1, 1),
+    backwards: bool = False,
 ) -> dict[str, Any] | None:
     """Measure what the journal lacks until the time is over, and write the record.
 
@@ -168,10 +168,10 @@ def sweep(
         clips: How many.
         steps: Denoising steps.
         only: Measure only settings with this in their curve's name.
-        part: Measure every so manieth setting: (1, 2) and (2, 2) are the halves. The first one measures the scales.
+        backwards: Begin with the last setting, for a second process that meets the first one in the middle.
 
     Returns:
-        The record; None where another part has not measured the scales yet.
+        The record; None where the other process has not measured the scales yet.
     """
     began = time.monotonic()
     torch.set_num_threads(1)
@@ -179,9 +179,9 @@ def sweep(
     of = fingerprint(pipe, clips, steps)
     bench = Bench(pipe, clips, steps)
     journal.parent.mkdir(parents=True, exist_ok=True)
-    if part[0] == 1 and _read(journal, of)[0] is None:
+    if not backwards and _read(journal, of)[0] is None:
         _append(journal, {"of": of, "about": _about(bench, model, of)})
-    for setting in settings()[part[0] - 1 :: part[1]]:
+    for setting in settings()[:: -1 if backwards else 1]:
         if setting.key in _read(journal, of)[1] or only not in setting.curve:  # another process may have been here
             continue
         if time.monotonic() - began > 60 * minutes:
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--only", default="", help="only settings with this in their curve's name")
-    parser.add_argument("--part", default="1/1", help="1/2 and 2/2 share the work between two processes")
+    parser.add_argument("--backwards", action="store_true", help="for a second process that shares the journal")
     arguments = parser.parse_args(argv)
     sweep(
         arguments.model,
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.clips,
         arguments.steps,
         arguments.only,
-        (int(arguments.part.split("/")[0]), int(arguments.part.split("/")[1])),
+        arguments.backwards,
     )
 
 

@@ -102,7 +102,9 @@ def _options() -> Iterator[Setting]:
     floor = {"top_p": 0.7, "floor": 0.25}
     yield Setting("svg2, top-p, floor 0.25", "svg2", {**floor, "correction": False})
     yield Setting("svg2, top-p, floor 0.25, corrected", "svg2", {**floor, "correction": True})
-    yield Setting("block_topk, cubes of 64, corrected", "block_topk", {"density": 0.3, "correction": True}, 0.3)
+    for extent in ((4, 4, 4), (3, 2, 2), (6, 2, 2), (12, 1, 1)):  # the clips' ground stands still: long in time is apt
+        options = {"density": 0.3, "correction": True, "extent": extent}
+        yield Setting(f"block_topk, cubes of {extent}, corrected", "block_topk", options, 0.3)
 
 
 PAIRS: tuple[tuple[str, str], ...] = (

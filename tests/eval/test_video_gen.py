@@ -143,7 +143,7 @@ def recorded(pipe: NanoVideoPipeline, tmp_path_factory: pytest.TempPathFactory) 
         first = json.loads((folder / "record.json").read_text())
         assert [row["curve"] for row in first["rows"]] == ["svg1"]
         lines = (folder / "journal.jsonl").read_text()
-        found = curves.sweep(*where, minutes=9, clips=2, steps=2)
+        found = curves.sweep(*where, minutes=9, clips=2, steps=2, backwards=True)
         assert (folder / "journal.jsonl").read_text().startswith(lines), "what was measured is not measured again"
         assert len((folder / "journal.jsonl").read_text().splitlines()) == 3
     return json.loads(json.dumps(found)), folder
@@ -250,7 +250,22 @@ def test_correction_and_clusters_keep_a_shipped_clip_better() -> None:
     assert torch.equal(pipe(**run, generator=noise(3)[0]).frames, dense)
 
 
-@pytest.mark.skipif(not (ROOT / RECORD).is_file(), reason="nothing was recorded in this checkout")
+RECORDED = pytest.mark.skipif(not (ROOT / RECORD).is_file(), reason="nothing was recorded in this checkout")
+
+
+@RECORDED
+def test_the_record_holds_what_is_claimed_of_correction_and_clusters() -> None:
+    data = json.loads((ROOT / RECORD).read_text())
+    assert len(data["prompts"]) >= 6
+    best = [row for row in data["rows"] if row["curve"] == "svg2, corrected" and row["density"] <= 0.3]
+    assert max(row["psnr"]["mean"] for row in best) >= 30
+    pairs = {(pair["curve"], pair["minus"], pair["nominal"]): pair["psnr"] for pair in data["pairs"]}
+    for other in ("svg2", "block_topk, corrected"):
+        difference = pairs["svg2, corrected", other, 0.3]
+        assert difference["mean"] > difference["sd"] > 0, "by more than the spread over the clips"
+
+
+@RECORDED
 def test_the_page_shows_what_was_recorded() -> None:
     data = json.loads((ROOT / RECORD).read_text())
     page = (ROOT / "docs" / "video_generation.md").read_text()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from vlm_budget.ops import block_sparse_attention, permute_tokens, unpermute_tokens
+from vlm_budget.ops.block_sparse_attention import Backend
 
 from .call import Blocks, Call
 
@@ -37,8 +38,13 @@ class Layout(NamedTuple):
     kept: torch.Tensor
 
 
-def attend(call: Call, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(call: Call, blocks: Blocks, backend: Backend = "auto") -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a call over the pairs of blocks that are kept.
+
+    Args:
+        call: Whose tokens.
+        blocks: What a method chose.
+        backend: See :func:`vlm_budget.ops.block_sparse_attention`.
 
     Returns:
         [B, H, L, D] in the order of the call's tokens, and [B, H, L] float32 natural logarithms of the softmax
@@ -58,6 +64,7 @@ def attend(call: Call, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
         mean_keys=blocks.mean_keys,
         mean_values=blocks.mean_values,
         tile=blocks.tile,
+        backend=backend,
     )
     if full.query_order is None:
         return out, lse

@@ -14,6 +14,7 @@ from torch import nn
 
 from vlm_budget.budget import Budget
 from vlm_budget.errors import PatchError, VideoAttentionError
+from vlm_budget.ops.block_sparse_attention import Backend
 
 from .account import FIRST_LAYERS, FULL, SHORT, WARMUP, Account, RunInfo
 from .attend import attend, pairs
@@ -40,6 +41,7 @@ class Control:
         budget: What sparse attention may spend; None where the method or the preset says.
         force: Be sparse below the break-even length too.
         break_even: Tokens of the video below which dense attention is faster.
+        backend: What computes sparse calls.
         clock: Of the pipeline, or of the bare transformer.
         account: What the calls of the last run computed.
         suspended: Everything runs dense, and nothing is taken note of.
@@ -47,13 +49,20 @@ class Control:
     """
 
     def __init__(
-        self, method: SparseAttention, budget: Budget | None, clock: Clock, force: bool, break_even: int
+        self,
+        method: SparseAttention,
+        budget: Budget | None,
+        clock: Clock,
+        force: bool,
+        break_even: int,
+        backend: Backend = "auto",
     ) -> None:
         self.method = method
         self.budget = budget
         self.clock = clock
         self.force = force
         self.break_even = break_even
+        self.backend = backend
         self.account = Account()
         self.suspended = False
         self.run = 0
@@ -349,7 +358,7 @@ class Attached:
         state = self._states.setdefault((layer, moment.branch, part), {})
         call = Call(query, key, value, now.grid, first, valid, empty_rows, scale, moment, state)
         blocks = now.setting.method.blocks(call)
-        out, _ = attend(call, blocks)
+        out, _ = attend(call, blocks, self.control.backend)
         self.control.account.sparse(call, blocks, out, pairs(call, blocks))
         return out
 

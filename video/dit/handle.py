@@ -6,13 +6,15 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from vlm_budget.budget import Budget
 from vlm_budget.errors import BudgetError, OptionError, PatchError, UnknownNameError, UnsupportedModelError
+from vlm_budget.ops.block_sparse_attention import Backend
+from vlm_budget.ops.flash_blocks import TILE, require_flash
 from vlm_budget.registry import VIDEO_METHODS, VIDEO_MODELS
 
 from .break_even import BREAK_EVEN
@@ -24,7 +26,7 @@ from .quality import Quality, compare, without_comparison
 from .report import VideoReport
 
 _SLOTS = ("transformer", "transformer_2")
-_OWN_OPTIONS = ("force", "break_even", "timesteps")
+_OWN_OPTIONS = ("force", "break_even", "backend", "timesteps")
 _DEFAULT = "svg2"
 
 
@@ -134,6 +136,7 @@ def patch_video(
     *,
     force: bool = False,
     break_even: int = BREAK_EVEN,
+    backend: Backend = "auto",
     timesteps: int | Sequence[float] | torch.Tensor | None = None,
     plan: Any = None,
     positions: Any = None,
@@ -144,16 +147,23 @@ def patch_video(
     The pipeline is called as before. Patching what is patched replaces the patch; undoing then restores the unpatched
     model. Cross-attention, and text, are never sparse.
 
+    A run's beginning reads its first timestep and looks for NaN in its latents, which waits for the device; later steps
+    do not. In blocks that are compiled, the code of attention processors runs uncompiled, in dense steps too.
+
     Args:
         model: A diffusers pipeline with one or two supported transformers, or such a transformer.
         method: Name of a method (see :func:`vlm_budget.list_video_methods`) or a configured instance; ``"svg2"`` where
             None.
         budget: What the video's self-attention may spend: ``0.25`` or ``"25%"`` (density of sparse calls), ``"30%
-            flops"`` (of the whole run's, dense steps and layers counted), ``"900 ms"`` or ``"50% ms"`` (of one
-            forward's self-attention). ``1.0`` leaves the model bit-identical.
+            flops"`` (of the whole run's, dense steps and layers counted; a number of FLOPs counts one forward per
+            step), ``"900 ms"`` or ``"50% ms"`` (of one forward's self-attention). ``1.0`` leaves the model
+            bit-identical.
         force: Be sparse where the video is too short for it to pay.
         break_even: Tokens of the video below which dense attention is faster, and is used with a warning. The default
             is an estimate, not a measurement.
+        backend: What computes sparse calls: ``"auto"``; ``"tma"``, the same kernel with keys read by the tensor memory
+            accelerator; ``"fa4"``, FlashAttention-4 where it is installed, on Hopper, for methods with fixed blocks of
+            128. Neither of the latter two was timed yet.
         timesteps: Of a transformer without its pipeline, the number of steps of a run, or their timesteps; needed
             where the first steps are dense. Every forward then reads the timestep it is given, which waits for the
             device.
@@ -165,6 +175,7 @@ def patch_video(
         UnsupportedModelError: No supported transformer; the message lists them.
         UnknownNameError: Unknown method or option; the message suggests.
         OptionError: An option's value is not usable.
+        MissingExtraError: ``backend="fa4"`` without FlashAttention-4.
         BudgetError: Not a budget, or not one for video.
         VideoAttentionError: Heads of more than 128 dimensions.
         PatchError: The combination cannot work.
@@ -177,11 +188,12 @@ def patch_video(
     spend = _budget(chosen, budget)
     if isinstance(break_even, bool) or not isinstance(break_even, int) or break_even < 0:
         raise OptionError(f"break_even is a number of video tokens, 0 or more, got {break_even!r}")
+    _check_backend(backend, chosen)
     is_pipeline = not isinstance(unwrapped(model), nn.Module)
     if is_pipeline and timesteps is not None:
         raise OptionError("timesteps= is for a transformer alone; a pipeline's scheduler tells its steps")
     clock = Clock(model if is_pipeline else None, timesteps)
-    control = Control(chosen, spend, clock, bool(force), break_even)
+    control = Control(chosen, spend, clock, bool(force), break_even, backend)
     attached = []
     for name, (transformer, known) in transformers.items():
         _check(transformer, known, chosen, clock)
@@ -271,6 +283,18 @@ def _budget(method: SparseAttention, budget: Any) -> Budget | None:
             f"got '{spend}'"
         )
     return spend
+
+
+def _check_backend(backend: str, method: SparseAttention) -> None:
+    if backend not in get_args(Backend):
+        raise OptionError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    if backend == "fa4":
+        require_flash()
+        if method.tile != TILE:
+            raise OptionError(
+                f"backend='fa4' takes fixed blocks of {TILE}, which {method} does not cut. Try cut='fixed' with svg2, "
+                "or backend='auto'."
+            )
 
 
 def _check(transformer: nn.Module, known: VideoModel, method: SparseAttention, clock: Clock) -> None:

@@ -56,6 +56,12 @@ class SparseAttention:
         """Whether the method's own options say how much is computed: no preset fills in, and no budget fits beside."""
         return self.density is not None
 
+    @property
+    def tile(self) -> int | None:
+        """Tokens of every block, where the method cuts them all alike."""
+        fixed = getattr(self, "cut", "fixed") == "fixed"
+        return getattr(self, "block_size", None) if fixed else None
+
     def blocks(self, call: Call) -> Blocks:
         """What to compute of a call.
 

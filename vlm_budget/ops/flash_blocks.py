@@ -46,7 +46,7 @@ def flash_blocks(
         KernelUnavailableError: The device is no Hopper.
         MissingExtraError: FlashAttention-4 is not installed.
     """
-    attend = _flash()
+    attend = require_flash()
     if tile != TILE:
         raise KernelInputError(f"backend='fa4' takes blocks of tile={TILE}, got tile={tile}. Take backend='auto'.")
     if query.dtype not in (torch.bfloat16, torch.float16):
@@ -98,7 +98,12 @@ def merged(parts: Sequence[Part]) -> Part:
     return out, peak + total.log()
 
 
-def _flash() -> Callable[..., Any]:
+def require_flash() -> Callable[..., Any]:
+    """FlashAttention-4's attention.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
     try:
         found: Callable[..., Any] = import_module("flash_attn.cute").flash_attn_func
     except (ImportError, AttributeError) as error:

@@ -217,13 +217,17 @@ def test_branches_of_a_step_do_not_know_each_other(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(BUILDERS))
 def test_a_new_run_starts_from_nothing(name: str) -> None:
     video = tiny_video(name)
+    other = {"hidden_states": video.arguments(0.0)["hidden_states"].flip(1)}
 
-    def run() -> list[torch.Tensor]:
-        return [video(timestep) for timestep in (900.0, 800.0)]
+    def run(**changes: Any) -> list[torch.Tensor]:
+        return [video(timestep, **changes) for timestep in (900.0, 800.0)]
 
     with sparse(video, _method("svg2")):
-        first, again = run(), run()
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        alone = run()
+    with sparse(video, _method("svg2")):
+        run(**other)
+        again = run()
+    assert all(torch.equal(a, b) for a, b in zip(alone, again, strict=True))
 
 
 @pytest.mark.parametrize("name", sorted(BUILDERS))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import diffusers
@@ -15,6 +17,7 @@ from tiny_video import BUILDERS, Shuffled, TinyVideo, tiny_video, wan_transforme
 from vlm_budget.errors import (
     BudgetError,
     InfeasibleBudgetError,
+    MissingExtraError,
     OptionError,
     PatchError,
     UnknownNameError,
@@ -22,6 +25,8 @@ from vlm_budget.errors import (
     VideoAttentionError,
 )
 from vlm_budget.registry import VIDEO_MODELS
+from vlm_budget.video.dit import control
+from vlm_budget.video.dit.attend import attend
 from vlm_budget.video.dit.models.wan import Wan
 
 NAMES = sorted(BUILDERS)
@@ -254,3 +259,32 @@ def test_small_wan_models_get_the_safer_preset() -> None:
     assert small.density > large.density
     assert small.warmup > large.warmup
     assert small.dense_layers > large.dense_layers
+
+
+def test_back_ends_are_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    video = tiny_video("wan")
+    with pytest.raises(OptionError, match="backend must be one of auto, tma, fa4, got 'flash'"):
+        patch(video.transformer, "svg2", backend="flash")
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    with pytest.raises(MissingExtraError, match="flash-attn-4"):
+        patch(video.transformer, "svg2", backend="fa4", cut="fixed")
+    installed = ModuleType("flash_attn.cute")
+    installed.flash_attn_func = print  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", installed)
+    with pytest.raises(OptionError, match="fixed blocks of 128"):
+        patch(video.transformer, "svg2", backend="fa4")
+    with pytest.raises(OptionError, match="fixed blocks of 128"):
+        patch(video.transformer, "svg2", backend="fa4", cut="fixed", block_size=64)
+    patch(video.transformer, "svg2", backend="fa4", cut="fixed").undo()
+
+
+def test_the_named_back_end_computes_sparse_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    video, used = tiny_video("wan"), []
+
+    def spy(call: Any, blocks: Any, backend: str) -> Any:
+        used.append(backend)
+        return attend(call, blocks)
+
+    monkeypatch.setattr(control, "attend", spy)
+    forward(video, "svg2", backend="tma", warmup=0.0, dense_layers=0.0, density=0.9)
+    assert set(used) == {"tma"}

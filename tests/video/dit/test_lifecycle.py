@@ -151,23 +151,38 @@ def test_calls_from_outside_a_forward_are_dense() -> None:
 
 
 @pytest.mark.parametrize("name", ["hunyuan_video", "hunyuan_video_15", "ltx", "wan"])
-def test_a_back_end_is_the_users_in_dense_calls_and_restored_after_sparse_ones(name: str) -> None:
+def test_a_back_end_is_the_users_in_dense_calls_and_restored_after_sparse_ones(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A back end that never calls torch's attention, under the name of one of diffusers'."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    lengths: list[int] = []
+
+    def own(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None, **_: Any) -> Any:
+        lengths.append(query.shape[1])
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        logits = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+        if attn_mask is not None:
+            hidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask < -1
+            logits = logits.masked_fill(hidden, -1e9)
+        return (logits.softmax(-1) @ value).transpose(1, 2)
+
+    backend = AttentionBackendName._NATIVE_MATH
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, backend, own)
     video = tiny_video(name)
     handle = sparse(video, dense_layers=0.34)
     expected = video()
     processors = [part.processor for part in vars(video.transformer)[HANDLE]._seam._attentions]
     try:
-        video.transformer.set_attention_backend("_native_math")
-        assert {str(it._attention_backend.value) for it in processors} == {"_native_math"}
+        video.transformer.set_attention_backend(backend.value)
         torch.testing.assert_close(video(), expected, rtol=1e-5, atol=1e-5)
+        assert sum(length >= GRID.tokens for length in lengths) == 1 + (name in ("ltx", "wan")) * 3
         assert handle.report().sparse_calls == 4  # of two forwards of one timestep
-        assert {str(it._attention_backend.value) for it in processors} == {"_native_math"}
+        assert {it._attention_backend for it in processors} == {backend}
         handle.undo()
-        assert {str(it._attention_backend.value) for it in processors} == {"_native_math"}
-    finally:
-        # Which else stays the process's default.
-        from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-
+        assert {it._attention_backend for it in processors} == {backend}
+    finally:  # the process's default, which set_attention_backend changes too
         _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
 
 

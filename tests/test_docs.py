@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 
 from vlm_budget.decoder import DecoderPruner
-from vlm_budget.registry import MERGES, PRUNERS, VIT_METHODS, Registry
+from vlm_budget.registry import MERGES, PRUNERS, VIDEO_METHODS, VIT_METHODS, Registry
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-METHODS = [(registry, name) for registry in (PRUNERS, MERGES, VIT_METHODS) for name in registry]
+METHODS = [(registry, name) for registry in (PRUNERS, MERGES, VIT_METHODS, VIDEO_METHODS) for name in registry]
 SECTIONS = ("Formula", "Fields", "Where ours differs", "Needs and cost", "When it fails")
 
 
 def page_of(registry: Registry, name: str) -> Path:
     """The page with the stem of the method's file."""
-    return DOCS / "pruners" / (registry.target(name).split(":")[0].rpartition(".")[2] + ".md")
+    folder = "video_dit" if registry is VIDEO_METHODS else "pruners"
+    return DOCS / folder / (registry.target(name).split(":")[0].rpartition(".")[2] + ".md")
 
 
 def told_fields(registry: Registry, name: str) -> list[Field]:
@@ -54,9 +55,13 @@ def test_the_fields_of_a_page_are_those_of_the_code_with_their_defaults(registry
 
 
 def test_the_index_of_methods_is_the_registry() -> None:
-    index = (DOCS / "pruners" / "README.md").read_text()
+    pages = {
+        False: ((DOCS / "pruners" / "README.md").read_text(), ""),
+        True: ((DOCS / "video_generation.md").read_text(), "video_dit/"),
+    }
     for registry, name in METHODS:
-        assert f"[`{name}`]({page_of(registry, name).name})" in index, f"run `make docs`: {name} is missing"
+        index, folder = pages[registry is VIDEO_METHODS]
+        assert f"[`{name}`]({folder}{page_of(registry, name).name})" in index, f"run `make docs`: {name} is missing"
 
 
 def test_the_default_methods_are_what_the_recorded_table_says() -> None:

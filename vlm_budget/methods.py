@@ -11,7 +11,7 @@ from .decoder import DecoderPruner
 from .errors import OptionError, PatchError, UnknownNameError
 from .planning import Methods
 from .pruner import Merge, Pruner
-from .registry import MERGES, PRUNERS, VIT_METHODS
+from .registry import MERGES, PRUNERS, VIDEO_METHODS, VIT_METHODS
 
 MethodLike = str | Pruner
 
@@ -77,6 +77,8 @@ def _fields(name: str) -> list[str]:
     if name in VIT_METHODS and name not in PRUNERS:
         advice = f" Name a selector and pass merge={name!r} to merge what it drops." if name in MERGES else ""
         raise PatchError(f"{name!r} acts inside plain vision transformers such as timm's, not on a VLM.{advice}")
+    if name in VIDEO_METHODS and name not in PRUNERS:
+        raise PatchError(f"{name!r} acts inside video diffusion transformers of diffusers, not on a VLM.")
     cls = PRUNERS.get(name)
     foreign = {"newline", "merge"} if issubclass(cls, DecoderPruner) else set()
     return [field.name for field in fields(cls) if field.name not in foreign]

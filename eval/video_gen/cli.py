@@ -148,7 +148,7 @@ def list_names(as_json: JsonOption = False, debug: DebugOption = False) -> None:
     methods = []
     for name in VIDEO_METHODS:
         cls = VIDEO_METHODS.get(name)
-        methods.append({"name": name, "what": cls.title, "source": cls.source})
+        methods.append({"name": name, "what": cls.title, "paper": cls.paper or "none: a baseline"})
     models = []
     for name in VIDEO_MODELS:
         cls = VIDEO_MODELS.get(name)

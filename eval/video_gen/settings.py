@@ -42,7 +42,7 @@ def settings() -> list[Setting]:
 
 
 SMALL: dict[str, dict[str, Any]] = {
-    "block_topk": {"extent": (2, 3, 3)},
+    "block_topk": {"extent": (3, 2, 2)},
     "svg1": {"block_size": 20},
     "radial": {"block_size": 20},
     "sliding_tile": {"extent": (2, 2, 2)},
@@ -102,7 +102,7 @@ def _options() -> Iterator[Setting]:
     floor = {"top_p": 0.7, "floor": 0.25}
     yield Setting("svg2, top-p, floor 0.25", "svg2", {**floor, "correction": False})
     yield Setting("svg2, top-p, floor 0.25, corrected", "svg2", {**floor, "correction": True})
-    for extent in ((4, 4, 4), (3, 2, 2), (6, 2, 2), (12, 1, 1)):  # the clips' ground stands still: long in time is apt
+    for extent in ((4, 4, 4), (2, 3, 3), (6, 2, 2), (12, 1, 1)):
         options = {"density": 0.3, "correction": True, "extent": extent}
         yield Setting(f"block_topk, cubes of {extent}, corrected", "block_topk", options, 0.3)
 

@@ -17,7 +17,7 @@ from vlm_budget.errors import PatchError, UnknownNameError
 from vlm_budget.eval import nano
 from vlm_budget.eval.nano.data import test_set as posters
 from vlm_budget.prompts import build_inputs
-from vlm_budget.registry import FAMILIES, MERGES, PRUNERS, VIT_METHODS
+from vlm_budget.registry import FAMILIES, MERGES, PRUNERS, VIDEO_METHODS, VIT_METHODS
 
 Cli = Callable[..., Any]
 INSIDE = [name for name in PRUNERS if PRUNERS.get(name).stage == "decoder"]
@@ -31,9 +31,10 @@ def test_every_method_is_listed_with_its_summary_and_where_it_acts(cli: Cli) -> 
         "decoder": INSIDE,
         "merge": MERGES.names(),
         "vit": VIT_METHODS.names(),
+        "video": VIDEO_METHODS.names(),
     }
     for row in listed:
-        registry = {"merge": MERGES, "vit": VIT_METHODS}.get(row["acts"], PRUNERS)
+        registry = {"merge": MERGES, "vit": VIT_METHODS, "video": VIDEO_METHODS}.get(row["acts"], PRUNERS)
         cls = registry.get(row["name"])
         assert row["summary"] == (cls.__doc__ or "").splitlines()[0]
         assert row["paper"] == getattr(cls, "paper", "arXiv 2506.05709")

@@ -101,6 +101,7 @@ def test_a_merging_stage_is_named() -> None:
         ("hired+divprune", [], PatchError, "both act before the language model"),
         ("hired+hird", [], UnknownNameError, "Did you mean 'hired'"),
         ("tome", [], PatchError, "acts inside plain vision transformers"),
+        ("svg2", [], PatchError, "acts inside video diffusion transformers"),
     ],
 )
 def test_a_wrong_option_says_what_is_right(

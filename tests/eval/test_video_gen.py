@@ -241,7 +241,7 @@ def test_correction_and_clusters_keep_a_shipped_clip_better() -> None:
     for name, method, options in (
         ("corrected", "svg2", {"correction": True}),
         ("plain", "svg2", {"correction": False}),
-        ("random", "block_topk", {"choose": "random", "extent": (2, 3, 3)}),
+        ("random", "block_topk", {"choose": "random", "extent": (3, 2, 2)}),
     ):
         with vlm_budget.patch(pipe, method, force=True, density=0.25, warmup=0, dense_layers=0, **options) as handle:
             found[name] = quality_of(pipe(**run, generator=noise(3)[0]).frames, dense).mean_psnr

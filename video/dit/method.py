@@ -36,8 +36,8 @@ class SparseAttention:
 
     title: ClassVar[str] = ""
     """What it is, in a few words, for lists."""
-    source: ClassVar[str] = ""
-    """Paper."""
+    paper: ClassVar[str] = ""
+    """Where it comes from; empty for a baseline."""
 
     def __post_init__(self) -> None:
         """Check the fields.

@@ -10,9 +10,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..registry import FAMILIES, MERGES, PRUNERS, VIT_METHODS, Registry
+from ..registry import FAMILIES, MERGES, Registry
 from .common import DebugOption, JsonOption, clean, out_console, print_json
-from .describe import ACTS, Entry, describe, place, plain
+from .describe import ACTS, METHODS, Entry, describe, place, plain
 
 _ORDER = tuple(ACTS)
 
@@ -59,7 +59,7 @@ def _methods() -> list[dict[str, Any]]:
     """By place and name."""
     rows = [
         {"name": e.name, "acts": place(registry, e.name), "summary": e.summary, "paper": paper_of(registry, e)}
-        for registry in (PRUNERS, MERGES, VIT_METHODS)
+        for registry in METHODS
         for e in (describe(registry, name) for name in registry)
     ]
     return sorted(rows, key=lambda row: _ORDER.index(row["acts"]))

@@ -15,15 +15,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..registry import MERGES, PRUNERS, VIT_METHODS, Registry
+from ..registry import MERGES, PRUNERS, VIDEO_METHODS, VIT_METHODS, Registry
 
 ACTS = {
     "vision": "before the language model",
     "decoder": "inside the language model, at prefill",
     "merge": "behind a method before the language model, on what it drops",
     "vit": "inside timm's vision transformers",
+    "video": "inside self-attention of diffusers' video transformers",
 }
 """Where methods act, by the short name that JSON has."""
+
+METHODS = (PRUNERS, MERGES, VIT_METHODS, VIDEO_METHODS)
+"""Registries of what can be named as a method."""
 
 _ROLE = re.compile(r":\w+:`(?:[\w.]*\.)?(\w+)`")  # :class:`vlm_budget.Budget` reads Budget
 
@@ -64,14 +68,15 @@ def describe(registry: Registry, name: str) -> Entry:
 
 
 def entries_of(name: str) -> list[tuple[Registry, Entry]]:
-    """Everything that a user can name so: methods, merging stages and methods for vision transformers.
+    """Everything that a user can name so: methods, merging stages, methods for vision and for video
+    transformers.
 
     Raises:
         UnknownNameError: Nothing has the name; the message suggests over all of them.
     """
-    found = [registry for registry in (PRUNERS, MERGES, VIT_METHODS) if name in registry]
+    found = [registry for registry in METHODS if name in registry]
     if not found:
-        every = {known: registry.target(known) for registry in (PRUNERS, MERGES, VIT_METHODS) for known in registry}
+        every = {known: registry.target(known) for registry in METHODS for known in registry}
         Registry("method", "builtins:object", every).target(name)
     return [(registry, describe(registry, name)) for registry in found]
 
@@ -82,6 +87,8 @@ def place(registry: Registry, name: str) -> str:
         return "merge"
     if registry is VIT_METHODS:
         return "vit"
+    if registry is VIDEO_METHODS:
+        return "video"
     module, _, cls = registry.target(name).partition(":")
     return "decoder" if _is_a(module, cls, "DecoderPruner") else "vision"
 

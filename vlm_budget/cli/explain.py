@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..registry import FAMILIES, MERGES, Registry
+from ..registry import FAMILIES, MERGES, VIDEO_MODELS, Registry
 from .catalog import paper_of
 from .common import DebugOption, JsonOption, clean, out_console, print_json
 from .describe import ACTS, Entry, attribute_docs, entries_of, place, plain
@@ -55,7 +55,8 @@ def explain(
 def facts_of(registry: Registry, entry: Entry) -> dict[str, Any]:
     """All that is told of one method."""
     cls, kind = registry.get(entry.name), place(registry, entry.name)
-    needs = {"decoder": _needs_inside, "merge": _needs_of_merge, "vit": _needs_of_vit}.get(kind, needs_of)
+    special = {"decoder": _needs_inside, "merge": _needs_of_merge, "vit": _needs_of_vit, "video": _needs_of_video}
+    needs = special.get(kind, needs_of)
     return {
         "method": entry.name,
         "class": cls.__name__,
@@ -74,6 +75,8 @@ def families_of(kind: str) -> list[str]:
     """Families whose models run a method that acts there; none for vision transformers, which have no family."""
     if kind == "vit":
         return []
+    if kind == "video":
+        return VIDEO_MODELS.names()
     return [name for name in FAMILIES if kind != "decoder" or name not in _WINDOWED]
 
 
@@ -84,6 +87,7 @@ def example(name: str, kind: str) -> str:
         "decoder": f"vlm-budget demo --method {name} --budget {_NANO_BUDGET}",
         "merge": f"vlm-budget demo --option merge={name}",
         "vit": f"vlm_budget.patch(vit, {name!r}, ratio=0.5)",
+        "video": f"vlm-budget video-gen demo --method {name}",
     }[kind]
 
 
@@ -167,6 +171,10 @@ def _needs_of_merge(cls: type[Any]) -> list[str]:
 
 def _needs_of_vit(cls: type[Any]) -> list[str]:
     return ["queries and keys of the blocks that reduce"]
+
+
+def _needs_of_video(cls: type[Any]) -> list[str]:
+    return ["queries, keys and values of self-attention, after RoPE"]
 
 
 def _need(need: Attention, feature_layer: int) -> str:

@@ -54,7 +54,7 @@ class BlockTopK(SparseAttention):
     seed: int = 0
 
     title = "cubes or fixed blocks, by mean-pooled scores"
-    source = "arXiv:2502.18137, arXiv:2505.13389"
+    paper = "arXiv 2502.18137"
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -20,7 +20,7 @@ class Dense(SparseAttention):
     """
 
     title = "all pairs"
-    source = "none: the transformer's own attention"
+    paper = ""
 
     def __post_init__(self) -> None:
         """Check the fields."""

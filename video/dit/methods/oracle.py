@@ -27,7 +27,7 @@ class Oracle(SVG2):
     """SVG2 that knows the attention of every pair of clusters. Never faster than dense attention."""
 
     title = "SVG2's clusters, by their true mass"
-    source = "arXiv:2505.18875"
+    paper = "arXiv 2505.18875"
 
     def chosen(self, call: Call, query: Cut, key: Cut, rule: Rule) -> Blocks:
         """The blocks that a rule takes, by their true mass."""

@@ -40,7 +40,7 @@ class Radial(SparseAttention):
     first_frame: bool = True
 
     title = "band that narrows with temporal distance"
-    source = "arXiv:2506.19852"
+    paper = "arXiv 2506.19852"
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -36,7 +36,7 @@ class SlidingTile(SparseAttention):
     window: Extent | None = None
 
     title = "window of 3-D tiles"
-    source = "arXiv:2502.04507"
+    paper = "arXiv 2502.04507"
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -41,7 +41,7 @@ class SVG1(SparseAttention):
     seed: int = 0
 
     title = "spatial and temporal heads"
-    source = "arXiv:2502.01776"
+    paper = "arXiv 2502.01776"
 
     def __post_init__(self) -> None:
         """Check the fields."""

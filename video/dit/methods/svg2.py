@@ -105,7 +105,7 @@ class SVG2(SparseAttention):
     seed: int = 0
 
     title = "semantic clusters, by their centroids"
-    source = "arXiv:2505.18875"
+    paper = "arXiv 2505.18875"
 
     def __post_init__(self) -> None:
         """Check the fields."""

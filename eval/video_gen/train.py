@@ -109,7 +109,7 @@ def train(folder: Path, minutes: float, seed: int = 0) -> None:
             optimiser.param_groups[0]["lr"] = STEP * rate(progress, share)
             optimiser.zero_grad(set_to_none=True)
         loss = loss_of(model, stage, generator)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in descent:
             optimiser.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -156,12 +156,12 @@ class Account:
         info, calls = self._info, self._calls
         if info is None or not calls.moments:
             raise PatchError("nothing to report: no video has run through the patched transformer yet")
-        densities = _numbers(calls.densities)
+        moments, densities, reasons = _whole(calls.moments, _numbers(calls.densities), calls.reasons)
         samples = list(calls.samples.values())
         errors = _numbers([sample.error for sample in samples])
         recalls = _numbers([sample.recall for sample in samples])
         places = [calls.moments[place] for place in calls.samples]
-        sparse = [value for value, why in zip(densities, calls.reasons, strict=True) if why is None]
+        sparse = [value for value, why in zip(densities, reasons, strict=True) if why is None]
         rows = self._rows * self._heads * len(samples)
         return VideoReport(
             method=info.method,
@@ -177,13 +177,13 @@ class Account:
             density=_mean(densities) or 0.0,
             sparse_density=_mean(sparse),
             promised=info.promised,
-            densities=_by_step_and_layer(calls.moments, densities),
-            dense=tuple(_dense(calls)),
+            densities=_by_step_and_layer(moments, densities),
+            dense=tuple(_dense(moments, reasons)),
             error=_mean(errors),
             recall=_mean(recalls),
             errors=_by_layer(places, errors),
             sampled_rows=rows,
-            warnings=(*self._told, *_doubts(info, sparse, calls.reasons)),
+            warnings=(*self._told, *_doubts(info, sparse, reasons)),
             quality=quality,
         )
 
@@ -322,10 +322,23 @@ def _by_layer(moments: list[Moment], errors: list[float]) -> tuple[tuple[int, fl
     return tuple((layer, math.fsum(found) / len(found)) for layer, found in sorted(cells.items()))
 
 
-def _dense(calls: _Calls) -> Iterator[DenseCalls]:
+def _whole(
+    moments: list[Moment], densities: list[float], reasons: list[str | None]
+) -> tuple[list[Moment], list[float], list[str | None]]:
+    """Calls of a layer that attends to one sample after the other taken as one, which its dense calls are."""
+    first: dict[Moment, str | None] = {}
+    found: dict[Moment, list[float]] = {}
+    for moment, density, why in zip(moments, densities, reasons, strict=True):
+        whole = replace(moment, part=0)
+        first.setdefault(whole, why)
+        found.setdefault(whole, []).append(density)
+    return list(found), [math.fsum(parts) / len(parts) for parts in found.values()], list(first.values())
+
+
+def _dense(moments: list[Moment], reasons: list[str | None]) -> Iterator[DenseCalls]:
     """Dense calls, reason by reason."""
-    for why in dict.fromkeys(why for why in calls.reasons if why is not None):
-        own = [moment for moment, reason in zip(calls.moments, calls.reasons, strict=True) if reason == why]
+    for why in dict.fromkeys(why for why in reasons if why is not None):
+        own = [moment for moment, reason in zip(moments, reasons, strict=True) if reason == why]
         steps, layers = sorted({moment.step for moment in own}), sorted({moment.layer for moment in own})
         yield DenseCalls(why, len(own), tuple(steps), tuple(layers))
 

@@ -335,8 +335,8 @@ class Attached:
 
         Raises:
             PatchError: There is more than one call where one was expected.
-            VideoAttentionError: The tokens are not the video's and its text's, a head is too wide, the mask has an
-                unknown form, or query or key are not finite (which is looked at on the CPU only).
+            VideoAttentionError: The tokens are not the video's and its text's, a head is too wide, gradients are
+                wanted, the mask has an unknown form, or query or key are not finite (looked at on the CPU only).
         """
         now = self._now
         assert now is not None
@@ -350,6 +350,10 @@ class Attached:
                 f"text is {'elsewhere' if kind == 'none' else kind}"
             )
         check_head(width)
+        if torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):
+            raise VideoAttentionError(
+                "sparse attention has no gradients. Run under torch.no_grad(), or undo the patch to train."
+            )
         if query.device.type == "cpu" and not (bool(torch.isfinite(query).all()) and bool(torch.isfinite(key).all())):
             raise VideoAttentionError(f"query or key of layer {layer} in step {now.tick.step} hold NaN or infinity")
         first = length - tokens if kind == "first" else 0

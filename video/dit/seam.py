@@ -140,7 +140,9 @@ class Seam:
             if isinstance(processor, SparseProcessor):
                 processor.__class__ = type(processor).original
         for attention in self._attentions:
-            attention.__dict__.pop(SITE, None)
+            site: Site | None = attention.__dict__.get(SITE)
+            if site is not None and site.owner is self._owner:  # not that of a later patch
+                del attention.__dict__[SITE]
 
     def check(self) -> None:
         """Refuse a forward of a transformer that was changed under the patch.
@@ -230,6 +232,14 @@ def _native(processor: Any) -> Iterator[None]:
             processor._attention_backend = own
 
 
+def _cast_as_autocast_does(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Tensors in the element type to which autocast, where it is on, casts the inputs of attention."""
+    kind = tensors[0].device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    for tensor in tensors:
+        yield tensor if cast is None or tensor.dtype == torch.float64 else tensor.to(cast)
+
+
 class _Interception(TorchFunctionMode):
     """Takes calls of ``scaled_dot_product_attention``; all other functions run as ever."""
 
@@ -244,7 +254,7 @@ class _Interception(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         given = {**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
-        query, key, value = given["query"], given["key"], given["value"]
+        query, key, value = _cast_as_autocast_does(given["query"], given["key"], given["value"])
         if given.get("is_causal") or given.get("dropout_p"):
             raise VideoAttentionError(
                 "causal attention and dropout cannot be computed sparsely, and a video model's self-attention has "

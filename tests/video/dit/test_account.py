@@ -229,3 +229,16 @@ def test_taking_note_of_calls_never_waits_for_the_device(monkeypatch: pytest.Mon
 def test_an_account_without_a_run_has_nothing_to_report() -> None:
     with pytest.raises(PatchError, match="nothing to report"):
         Account().report()
+
+
+def test_calls_of_single_samples_weigh_as_much_as_the_layer_they_make() -> None:
+    account = Account(rows=0)
+    account.begin(run_info(steps=2, layers=1))
+    account.dense(Moment(0, 2, 0, 1), WARMUP)
+    for part, density in enumerate((0.2, 0.4, 0.6)):
+        call = replace(call_of(), moment=Moment(1, 2, 0, 1, part=part))
+        account.sparse(call, blocks_of(call), call.query, density)
+    report = account.report()
+    assert report.density == pytest.approx(0.7)
+    assert report.sparse_density == pytest.approx(0.4)
+    assert (report.calls, report.sparse_calls) == (2, 1)

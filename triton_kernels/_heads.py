@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from vlm_budget.errors import KernelInputError
+from vlm_budget.errors import KernelInputError, KernelUnavailableError
 
-from ._launch import require_dtype, require_int32, require_rows, require_same_device, require_shape
+from ._launch import require_dtype, require_int32, require_rows, require_same_device, require_shape, tl
 
 WIDEST = 1024
 """Channels of a head that a program takes at once."""
@@ -64,3 +64,18 @@ def require_launchable(tokens: torch.Tensor, **others: torch.Tensor | None) -> N
 def group_strides(tensor: torch.Tensor) -> tuple[int, int]:
     """Elements from one sample to the next, and from one head to the next; 0 where there is one for all."""
     return tensor.stride(0) if tensor.shape[0] > 1 else 0, tensor.stride(1) if tensor.shape[1] > 1 else 0
+
+
+def require_descriptors(**tensors: torch.Tensor) -> None:
+    """Refuse what the tensor memory accelerator cannot read.
+
+    Raises:
+        KernelUnavailableError: This Triton has no tensor descriptors.
+        KernelInputError: Addresses or strides are no multiples of 16 bytes.
+    """
+    if not hasattr(tl, "make_tensor_descriptor"):
+        raise KernelUnavailableError("backend='tma' needs a Triton with tensor descriptors, 3.4 or later")
+    for name, one in tensors.items():
+        places = [one.data_ptr(), *(stride * one.element_size() for stride in one.stride()[:3])]
+        if any(place % 16 for place in places):
+            raise KernelInputError(f"backend='tma' reads rows of {name} at multiples of 16 bytes; call .contiguous()")

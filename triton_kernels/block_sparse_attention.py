@@ -21,7 +21,7 @@ from vlm_budget.errors import KernelInputError
 
 from . import tile_list
 from ._attended_tile import SIZES, attended_tile
-from ._heads import group_strides, lying, require_shared
+from ._heads import group_strides, lying, require_descriptors, require_shared
 from ._launch import (
     FLOATS,
     Config,
@@ -196,8 +196,8 @@ class Turns:
         batch: Samples.
         heads: Heads of each.
         blocks: Query blocks of each.
-        bytes: What a turn takes beside inputs and outputs, at most. It exceeds :data:`WORKSPACE` only where the means
-            take more than half of that, or where one query block alone does not fit.
+        bytes: What a turn takes beside inputs and outputs, at most. It exceeds :data:`WORKSPACE` only where one query
+            block alone does not fit.
     """
 
     batch: int
@@ -225,21 +225,21 @@ def turns_of(
     """
     (batch, heads, length, width), (samples, groups, query_blocks, key_blocks) = query, kept
     rows, size = tile_of(dtype, width)
-    means = 2 * batch * heads * corrected * width * dtype.itemsize
+    means = 2 * corrected * width * dtype.itemsize * (batch // samples) * (heads // groups)
     each = 4 * slots_for(keys, key_blocks, size) + 16  # the list of a query block, and how long it is, twice
     # Of a sample and head: the order of its tiles, in 64 bits, and what leads there.
     small = (query_blocks + 1) * 64 + (length // rows + query_blocks + 1) * 80
     small *= (batch // samples) * (heads // groups)
-    room = max(WORKSPACE - means, WORKSPACE // 2)
-    fit = room // (query_blocks * each + small)
+    small += means
+    fit = WORKSPACE // (query_blocks * each + small)
     of_heads = groups if fit >= groups else blocks(groups, blocks(groups, max(1, fit)))
     of_batch = min(samples, max(1, fit // groups))
-    of_blocks = query_blocks if fit else max(1, (room - small) // each)
+    of_blocks = query_blocks if fit else max(1, (WORKSPACE - small) // each)
     return Turns(
         batch=batch if samples == 1 else of_batch,
         heads=heads if groups == 1 else of_heads,
         blocks=of_blocks,
-        bytes=means + of_batch * of_heads * (of_blocks * each + small),
+        bytes=of_batch * of_heads * (of_blocks * each + small),
     )
 
 
@@ -268,6 +268,8 @@ def block_sparse_attention_triton(
     require_attention(query, key, value, query_sizes, key_sizes, kept, mean_keys, mean_values)
     require_dtype(FLOATS, query=query)
     require_rows(query=query, key=key, value=value)
+    if tma:
+        require_descriptors(key=key, value=value)
     require_int32(row_stride=128 * max(one.stride(2) for one in (query, key, value)))
     key_sizes, kept = lying(key_sizes), lying(kept)
     (batch, heads, length, width), keys = query.shape, key.shape[2]
@@ -288,12 +290,9 @@ def block_sparse_attention_triton(
         corrected=0 if mean_keys is None else mean_keys.shape[2],
         dtype=query.dtype,
     )
-    mean_keys, mean_values = (
-        None if one is None else one.to(query.dtype).contiguous() for one in (mean_keys, mean_values)
-    )
     whole = Part(query, key, value, mean_keys, mean_values, key_sizes, kept, begins, sizes, out, lse)
     for b, h in product(range(0, batch, turns.batch), range(0, heads, turns.heads)):
-        part = whole.cut(slice(b, b + turns.batch), slice(h, h + turns.heads))
+        part = whole.cut(slice(b, b + turns.batch), slice(h, h + turns.heads)).with_means_like_queries()
         for i in range(0, kept.shape[2], turns.blocks):
             _launched(part, slice(i, i + turns.blocks), scale * LOG2E, tile_of(query.dtype, width), tma)
     return out, lse
@@ -306,7 +305,7 @@ class Part(NamedTuple):
         query: [B, H, Lq, D].
         key: [B, H, Lk, D].
         value: [B, H, Lk, D].
-        mean_keys: [B, H, Cm, D], of the same element type.
+        mean_keys: [B, H, Cm, D].
         mean_values: [B, H, Cm, D].
         key_sizes: [B or 1, H or 1, Ck].
         kept: [B or 1, H or 1, Cq, Ck].
@@ -327,6 +326,11 @@ class Part(NamedTuple):
     sizes: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor
+
+    def with_means_like_queries(self) -> Part:
+        """Means in the queries' element type, row behind row."""
+        keys, values = (None if m is None else m.to(self.query.dtype).contiguous() for m in self[3:5])
+        return self._replace(mean_keys=keys, mean_values=values)
 
     def cut(self, samples: slice, heads: slice) -> Part:
         """Some samples and heads, or all that there is where they share it."""

@@ -70,7 +70,7 @@ def demo(
     ] = 0.1,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.", rich_help_panel=_HOW)] = 20,
     guidance: Annotated[
-        float, typer.Option("--guidance", help="Above 1, every step runs twice.", rich_help_panel=_HOW)
+        float, typer.Option("--guidance", min=1.0, help="Above 1, every step runs twice.", rich_help_panel=_HOW)
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the noise.", rich_help_panel=_HOW)] = 0,
     model: Annotated[

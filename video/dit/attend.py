@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from vlm_budget.errors import SelectionError
 from vlm_budget.ops import block_sparse_attention, permute_tokens, unpermute_tokens
 from vlm_budget.ops.block_sparse_attention import Backend
 
@@ -70,6 +71,21 @@ def attend(call: Call, blocks: Blocks, backend: Backend = "auto") -> tuple[torch
         return out, lse
     place = full.query_order.long().expand(lse.shape)
     return unpermute_tokens(out, full.query_order), torch.empty_like(lse).scatter_(2, place, lse)
+
+
+def check(call: Call, blocks: Blocks) -> None:
+    """Refuse blocks that are none of the call's tokens; for the CPU, as it reads them.
+
+    Raises:
+        SelectionError: Sizes do not add up to the video's tokens, or an order is no permutation of them.
+    """
+    tokens = call.grid.tokens
+    sides = ("query", blocks.query_order, blocks.query_sizes), ("key", blocks.key_order, blocks.key_sizes)
+    for side, order, sizes in sides:
+        if bool((sizes < 0).any()) or bool((sizes.sum(-1) != tokens).any()):
+            raise SelectionError(f"{side}_sizes of a method must add up to the video's {tokens} tokens, got {sizes}")
+        if order is not None and not bool((order.sort(-1).values == torch.arange(tokens, device=order.device)).all()):
+            raise SelectionError(f"{side}_order of a method must name each of the video's {tokens} tokens once")
 
 
 def layout(call: Call, blocks: Blocks) -> Layout:

@@ -43,14 +43,21 @@ class Clock:
     steps go back. Only a run's first timestep is read, to be sure that the scheduler is the one that drives this run.
 
     A transformer without pipeline reads the timestep of every forward: a lower one is the next step, the same one
-    another branch of the same step, a higher one a new run.
+    another branch of the same step, a higher one a new run; the other way round where timesteps rise.
 
     Args:
         pipeline: What drives the transformer; None for a loop of the user's own.
-        timesteps: For such a loop, the number of steps or their timesteps, highest first.
+        timesteps: For such a loop, the number of steps or their timesteps, in the order of the steps.
+        rising: The transformer's timesteps rise during a run.
     """
 
-    def __init__(self, pipeline: Any = None, timesteps: int | Sequence[float] | torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Any = None,
+        timesteps: int | Sequence[float] | torch.Tensor | None = None,
+        rising: bool = False,
+    ) -> None:
+        self._rising = rising
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._given = _schedule(timesteps)
         self._count = timesteps if isinstance(timesteps, int) else None
@@ -134,7 +141,10 @@ class Clock:
         last, self._value = self._value, value
         if last is not None and value == last:
             return False
-        return self._moved_to(0 if last is None or value > last else self._index + 1)
+        if last is None or (value > last) != self._rising:
+            self._first = -1  # a run begins, also behind one of a single step
+            return self._moved_to(0)
+        return self._moved_to(self._index + 1)
 
     def _told(self, name: str, fresh: bool) -> Tick:
         schedule = self._schedule if self._schedule is not None else self._given
@@ -150,7 +160,7 @@ class Clock:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the pipeline, which a copy of its transformer does not belong to."""
-        return {"_pipeline": None, "_given": self._given, "_count": self._count}
+        return {"_pipeline": None, "_given": self._given, "_count": self._count, "_rising": self._rising}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -177,8 +187,9 @@ def _schedule(timesteps: Any) -> torch.Tensor | None:
         found = torch.as_tensor(timesteps).detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise OptionError(f"timesteps is a number of steps or a list of timesteps, got {timesteps!r}") from error
-    if found.ndim != 1 or not len(found) or not bool((found[1:] < found[:-1]).all()):
-        raise OptionError(f"timesteps must be one list of falling numbers, got {timesteps!r}")
+    steps = found.flatten().diff()
+    if found.ndim != 1 or not len(found) or not (bool((steps < 0).all()) or bool((steps > 0).all())):
+        raise OptionError(f"timesteps must be one list of falling or of rising numbers, got {timesteps!r}")
     return found
 
 

@@ -6,7 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from vlm_budget.errors import PatchError, VideoAttentionError
 from vlm_budget.ops.block_sparse_attention import Backend
 
 from .account import FIRST_LAYERS, FULL, SHORT, WARMUP, Account, RunInfo
-from .attend import attend, pairs
+from .attend import attend, check, pairs
 from .call import Call, Grid, Moment
 from .clock import Clock, Tick
 from .density import Run, Times, density_for, time_calls
@@ -25,6 +25,7 @@ from .masks import MaskReader
 from .method import SparseAttention
 from .models.base import VideoModel
 from .seam import Seam
+from .setting import Forward, Setting
 
 HANDLE = "_vlm_budget_video"
 """Attribute of a patched transformer."""
@@ -46,6 +47,7 @@ class Control:
         account: What the calls of the last run computed.
         suspended: Everything runs dense, and nothing is taken note of.
         run: Counts runs.
+        running: The transformer of the last forward.
     """
 
     def __init__(
@@ -66,7 +68,12 @@ class Control:
         self.account = Account()
         self.suspended = False
         self.run = 0
+        self.running: Attached | None = None
         self._told: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without a transformer that a copy of another one would take along."""
+        return {**self.__dict__, "running": None}
 
     def reset(self) -> None:
         """Forget the run."""
@@ -83,42 +90,6 @@ class Control:
             self._told.add(text)
             warnings.warn(text, stacklevel=2)
         self.account.warn(text)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a shape of video and a number of steps come to.
-
-    Attributes:
-        method: With all of its fields set.
-        warmup_steps: First steps that stay dense.
-        dense_layers: First layers that stay dense.
-        full: Everything is computed, by the untouched processors.
-        remark: What the user is told of it.
-    """
-
-    method: SparseAttention
-    warmup_steps: int
-    dense_layers: int
-    full: bool = False
-    remark: str | None = None
-
-
-@dataclass(frozen=True)
-class Forward:
-    """One forward of a transformer.
-
-    Attributes:
-        grid: The video's tokens.
-        tick: Where in the run.
-        setting: What is done.
-        why: Why all of its layers are dense; None where they are not.
-    """
-
-    grid: Grid
-    tick: Tick
-    setting: Setting
-    why: str | None
 
 
 class Attached:
@@ -171,6 +142,7 @@ class Attached:
         if self.active:
             del self.transformer.__dict__[HANDLE]
         self._states.clear()
+        self._masks = MaskReader()
         self._now = None
 
     @torch.compiler.disable
@@ -205,6 +177,9 @@ class Attached:
         latents = arguments["hidden_states"]
         if why in (None, WARMUP):
             self._check_latents(latents, tick)
+        earlier, self.control.running = self.control.running, self
+        if earlier is not None and earlier is not self:
+            earlier._states.clear()  # Wan 2.2 does not come back to its first transformer
         belongs = self.control.run, grid, latents.shape[0]
         if belongs != self._belongs:
             self._states.clear()
@@ -335,6 +310,7 @@ class Attached:
 
         Raises:
             PatchError: There is more than one call where one was expected.
+            SelectionError: The method's blocks are none of the video's tokens (looked at on the CPU only).
             VideoAttentionError: The tokens are not the video's and its text's, a head is too wide, gradients are
                 wanted, the mask has an unknown form, or query or key are not finite (looked at on the CPU only).
         """
@@ -359,9 +335,14 @@ class Attached:
         first = length - tokens if kind == "first" else 0
         valid, empty_rows = self._masks.read(mask, batch, length, slice(first, first + tokens))
         moment = self._moment(now, layer, part)
-        state = self._states.setdefault((layer, moment.branch, part), {})
+        place = layer, moment.branch, part
+        state = self._states.setdefault(place, {})
+        if moment.steps is not None and moment.step == moment.steps - 1:
+            del self._states[place]  # gigabytes at 720p, which the VAE may need
         call = Call(query, key, value, now.grid, first, valid, empty_rows, scale, moment, state)
         blocks = now.setting.method.blocks(call)
+        if query.device.type == "cpu":
+            check(call, blocks)
         out, _ = attend(call, blocks, self.control.backend)
         self.control.account.sparse(call, blocks, out, pairs(call, blocks))
         return out

@@ -265,6 +265,7 @@ def _share(share: float) -> Budget:
 
 def _nearest(needed: float, everything: float, relative: bool, unit: Unit) -> Budget:
     if relative:
-        return Budget(rounded_up(needed / everything), unit)
+        share = rounded_up(needed / everything)
+        return Budget(share if share * everything >= needed else rounded_up(share * (1 + 1e-4)), unit)
     digits = 10.0 ** (math.floor(math.log10(needed)) - 3)
     return Budget(math.ceil(needed / digits - 1e-9) * digits, unit, relative=False)

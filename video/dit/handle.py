@@ -189,11 +189,14 @@ def patch_video(
     if isinstance(break_even, bool) or not isinstance(break_even, int) or break_even < 0:
         raise OptionError(f"break_even is a number of video tokens, 0 or more, got {break_even!r}")
     _check_backend(backend, chosen)
+    if not isinstance(force, bool):
+        raise OptionError(f"force must be True or False, got {force!r}")
     is_pipeline = not isinstance(unwrapped(model), nn.Module)
     if is_pipeline and timesteps is not None:
         raise OptionError("timesteps= is for a transformer alone; a pipeline's scheduler tells its steps")
-    clock = Clock(model if is_pipeline else None, timesteps)
-    control = Control(chosen, spend, clock, bool(force), break_even, backend)
+    rising = any(known.rising for _, known in transformers.values())
+    clock = Clock(model if is_pipeline else None, timesteps, rising)
+    control = Control(chosen, spend, clock, force, break_even, backend)
     attached = []
     for name, (transformer, known) in transformers.items():
         _check(transformer, known, chosen, clock)

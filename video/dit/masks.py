@@ -106,6 +106,7 @@ class MaskReader:
 
     def __init__(self) -> None:
         self._last: weakref.ref[torch.Tensor] | None = None
+        self._version: int | None = None
         self._read: tuple[torch.Tensor, bool] | None = None
 
     def read(self, mask: Any, batch: int, length: int, video: slice) -> tuple[torch.Tensor | None, bool]:
@@ -134,15 +135,21 @@ class MaskReader:
                 raise _foreign(f"a mask of shape {list(mask.shape)} for {length} tokens")
             return mask.keys, True
         last = None if self._last is None else self._last()
-        if last is mask and self._read is not None and self._read[0].shape == (batch, length):
+        same = last is mask and _version(mask) == self._version
+        if same and self._read is not None and self._read[0].shape == (batch, length):
             return self._read
         self._read = _read(mask, batch, length, video)
-        self._last = weakref.ref(mask)
+        self._last, self._version = weakref.ref(mask), _version(mask)
         return self._read
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: what was read last is read again."""
-        return {"_last": None, "_read": None}
+        return {"_last": None, "_version": None, "_read": None}
+
+
+def _version(mask: Any) -> int | None:
+    """Counts what was written into a tensor; None where nobody counts."""
+    return mask._version if isinstance(mask, torch.Tensor) and not mask.is_inference() else None
 
 
 def _read(mask: Any, batch: int, length: int, video: slice) -> tuple[torch.Tensor, bool]:

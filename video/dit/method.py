@@ -68,11 +68,11 @@ class SparseAttention:
         Args:
             call: Its tensors must not be changed; what should last until the next step goes into ``call.state``.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say the blocks(call) that it computes")
 
     def least_density(self, grid: Grid) -> float:
         """The smallest density that the method can promise on a grid."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say the least_density(grid) that it can promise")
 
     def overhead(self, grid: Grid, width: int, calls: int) -> float:
         """FLOPs that a head spends beside attention: clustering, means, choosing blocks.
@@ -99,7 +99,7 @@ class SparseAttention:
         if self.density < least:
             raise OptionError(
                 f"density={self.density:g} is below the minimum of {type(self).__name__} on a grid of {grid}, which is "
-                f"{rounded_up(least):g}. Ask for at least that, or for smaller blocks."
+                f"{rounded_up(least):g}. Ask for at least that, for smaller blocks, or for no correction."
             )
         return self.density
 

@@ -172,7 +172,8 @@ def clips_of(output: Any) -> tuple[list[torch.Tensor], bool]:
             f"expected clips: what a pipeline returns, a tensor or an array of frames or latents, or lists of "
             f"pictures; got {type(output).__name__}{shape}"
         )
-    tensor = tensor if tensor.ndim >= 5 else tensor[None]
+    # Four dimensions are one clip; three are the tokens of several, as LTX lists its latents.
+    tensor = tensor[None] if tensor.ndim == 4 else tensor
     whole = tensor.dtype == torch.uint8
     values = tensor.detach().to("cpu", torch.float32) / (255 if whole else 1)
     if not values.isfinite().all():

@@ -36,9 +36,9 @@ class DenseCalls:
 class VideoReport:
     """The account of one run: all denoising steps of one call of a pipeline.
 
-    A density is the share of all pairs of query and key that were computed, text and padding left aside as the model
-    leaves them; a correction for dropped blocks counts a pair per row and block. Means are over calls, which are of
-    one size in a run.
+    A density is the share of all pairs of query and key that were computed, those of text, which are dense, among them,
+    and padding left aside; a correction for dropped blocks counts a pair per row and block. Means are over calls,
+    which are of one size in a run.
 
     Attributes:
         method: ``str()`` of the method.

@@ -122,7 +122,7 @@ def test_permuted_tokens_keep_their_positions(name: str) -> None:
     before = video()
     with sparse(video, Shuffled(density=0.5, warmup=0.0, dense_layers=0.0, every=True)) as handle:
         torch.testing.assert_close(video(), before, **CLOSE)
-        assert handle.report().sparse_calls == 3 * calls_per_layer(name, 2)
+        assert handle.report().sparse_calls == 3
 
 
 @pytest.mark.parametrize("name", MODELS)

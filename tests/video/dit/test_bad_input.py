@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ from vlm_budget.errors import (
     MissingExtraError,
     OptionError,
     PatchError,
+    SelectionError,
     UnknownNameError,
     UnsupportedModelError,
     VideoAttentionError,
@@ -108,7 +110,8 @@ def test_unknown_names_suggest() -> None:
         {"break_even": -1},
         {"break_even": "24k"},
         {"timesteps": 0},
-        {"timesteps": [1.0, 2.0]},
+        {"timesteps": [1.0, 2.0, 0.0]},
+        {"force": "no"},
         {"plan": "plan.json"},
         {"positions": "packed"},
         {"budget": 0.3, "density": 0.3},
@@ -288,3 +291,24 @@ def test_the_named_back_end_computes_sparse_calls(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(control, "attend", spy)
     forward(video, "svg2", backend="tma", warmup=0.0, dense_layers=0.0, density=0.9)
     assert set(used) == {"tma"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"query_sizes": torch.ones(1, 1, 3, dtype=torch.int32)}, "query_sizes of a method must add up"),
+        ({"key_order": torch.zeros(1, 1, 1, dtype=torch.int32)}, "key_order of a method must name each"),
+    ],
+)
+def test_blocks_that_are_none_of_the_video_are_told(changed: dict[str, Any], told: str) -> None:
+    class Wrong(Shuffled):
+        def blocks(self, call: Any) -> Any:
+            tokens = call.grid.tokens
+            return replace(
+                super().blocks(call),
+                **{name: one.expand(1, 1, tokens) if one.shape[2] == 1 else one for name, one in changed.items()},
+            )
+
+    video = tiny_video("wan")
+    with pytest.raises(SelectionError, match=told):
+        forward(video, Wrong(density=0.5, warmup=0.0, dense_layers=0.0))

@@ -69,6 +69,23 @@ def test_nothing_told_counts_on_without_a_number_of_steps() -> None:
     assert clock.tick("transformer", torch.tensor(500)) == Tick(1, None, 0, False)
 
 
+def test_a_run_of_one_step_ends_where_the_next_timestep_is_higher() -> None:
+    clock = Clock(timesteps=4)
+    for timestep in (10.0, 300.0, 600.0):
+        assert clock.tick("transformer", timestep) == Tick(0, 4, 0, True)
+        assert clock.tick("transformer", timestep) == Tick(0, 4, 1, False)
+    assert clock.tick("transformer", 500.0) == Tick(1, 4, 0, False)
+
+
+def test_timesteps_may_rise() -> None:
+    clock = Clock(timesteps=3, rising=True)
+    seen = [clock.tick("transformer", timestep) for timestep in (0.0, 300.0, 600.0, 0.0, 300.0)]
+    assert [tick.step for tick in seen] == [0, 1, 2, 0, 1]
+    assert [tick.fresh for tick in seen] == [True, False, False, True, False]
+    clock = Clock(timesteps=[0.0, 300.0, 600.0])
+    assert [clock.tick("transformer", timestep).step for timestep in (0.0, 300.0, 600.0)] == [0, 1, 2]
+
+
 def test_reset_begins_a_run_at_the_same_timestep() -> None:
     clock = Clock(timesteps=1)
     assert clock.tick("transformer", 900.0).fresh
@@ -154,7 +171,7 @@ def test_copies_are_without_the_pipeline_unless_it_is_copied_along() -> None:
     assert other.clock.tick("transformer", 900.0) == Tick(0, 2, 0, True)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("timesteps", [0, -1, True, [], [1.0, 2.0], [5.0, 5.0], "many", [[1.0]], object()])
+@pytest.mark.parametrize("timesteps", [0, -1, True, [], [1.0, 2.0, 0.0], [5.0, 5.0], "many", [[1.0]], object()])
 def test_timesteps_that_are_none_are_refused(timesteps: Any) -> None:
     with pytest.raises(OptionError, match="timesteps"):
         Clock(timesteps=timesteps)

@@ -13,7 +13,6 @@ import torch
 import vlm_budget
 from fingerprint import changes, fingerprint
 from tiny_video import BUILDERS, GRID, Shuffled, TinyVideo, tiny_video, wan_transformer
-from vlm_budget.errors import VideoAttentionError
 from vlm_budget.video.dit.control import HANDLE
 from vlm_budget.video.dit.density import Run, Times, dense_flops, sparse_flops
 from vlm_budget.video.dit.handle import VideoHandle
@@ -325,40 +324,6 @@ def test_reset_begins_a_run() -> None:
         handle.reset()
         video(900.0)
         assert handle.report().calls == 3
-
-
-def test_gradients_are_refused_where_sparse_calls_would_cut_them() -> None:
-    video = tiny_video("wan")
-    with sparse(video) as handle:
-        with pytest.raises(VideoAttentionError, match="no gradients"):
-            video.transformer(**video.arguments(900.0), return_dict=False)
-        with handle.suspended():
-            assert video.transformer(**video.arguments(900.0), return_dict=False)[0].requires_grad
-        video.transformer.requires_grad_(False)
-        video.transformer(**video.arguments(900.0), return_dict=False)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_autocast_casts_what_attention_is_given_as_it_does_in_dense_calls(name: str) -> None:
-    video = tiny_video(name)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = video()
-        with sparse(video, every=True):
-            found = video()
-    assert found.dtype == expected.dtype
-    scale = expected.float().abs().max()
-    assert (found.float() - expected.float()).abs().max() < 0.05 * scale
-
-
-def test_undoing_what_was_replaced_leaves_the_later_patch_alone() -> None:
-    video = tiny_video("wan")
-    first = sparse(video)
-    second = sparse(video)
-    one = video()
-    first.undo()
-    second.reset()
-    assert torch.equal(video(), one)
-    assert second.report().sparse_calls == video.layers
 
 
 def test_the_handle_says_what_it_is() -> None:

@@ -102,10 +102,11 @@ def test_video_tokens_that_are_hidden_are_refused(mask: torch.Tensor) -> None:
 def test_a_mask_is_read_once_for_all_layers() -> None:
     reader, mask = MaskReader(), added(KEYS)[:, None, None]
     first = reader.read(mask, 2, 8, VIDEO)
-    mask.fill_(1.0)  # which would be refused
     assert reader.read(mask, 2, 8, VIDEO) is first
+    assert reader.read(mask.clone(), 2, 8, VIDEO) is not first
+    mask.fill_(1.0)  # which is refused
     with pytest.raises(VideoAttentionError):
-        reader.read(mask.clone(), 2, 8, VIDEO)
+        reader.read(mask, 2, 8, VIDEO)
 
 
 def test_a_stand_in_goes_the_way_of_the_tensor_and_holds_no_pairs() -> None:

@@ -138,3 +138,8 @@ def test_a_run_that_is_not_deterministic_is_found_by_a_third_one() -> None:
     assert found.repeats is False
     assert "seed the run inside" in str(found)
     assert pipe.runs == 6
+
+
+def test_latents_that_are_lists_of_tokens_are_one_clip_each() -> None:
+    clips, frames = clips_of(torch.randn(2, 60, 8))
+    assert len(clips) == 2 and not frames

@@ -215,7 +215,7 @@ def test_what_is_not_a_number_is_not_hidden() -> None:
         ({"density": 0.0}, "density must be"),
         ({"density": "30%"}, "density must be"),
         ({"top_p": 0.9, "density": 0.3}, "give top_p or density"),
-        ({"density": 0.2, "floor": 0.3}, "floor must not be above density"),
+        ({"density": 0.4, "floor": 0.3}, "floor goes with top_p"),
         ({"top_p": 0.9, "floor": -0.1}, "floor must be"),
         ({"query_clusters": 0}, "query_clusters must be an int of at least 1"),
         ({"key_clusters": 5000}, "at most 2048"),

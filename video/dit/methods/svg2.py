@@ -73,8 +73,8 @@ class SVG2(SparseAttention):
 
     Attributes:
         top_p: Take clusters until this share of the estimated mass is reached, in (0, 1], instead of a density.
-        floor: Least share of keys for every row. With a density, whose promise comes first, a row may be one block
-            short of it. None: 0.1 with ``top_p``, else none.
+        floor: With ``top_p``, the least share of keys for every row; a density is the same for all rows anyway. None:
+            0.1.
         correction: Dropped blocks count by their mean key and value.
         query_clusters: None: 1.16 times the root of the video's tokens, which is about what is published; in short
             videos more, of 8 tokens and up to 150.
@@ -116,8 +116,8 @@ class SVG2(SparseAttention):
                 raise OptionError(f"give top_p or density, got top_p={self.top_p} and density={self.density}")
         if self.floor is not None:
             require_share("floor", self.floor)
-            if self.density is not None and self.floor > self.density:
-                raise OptionError(f"floor must not be above density, got floor={self.floor}, density={self.density}")
+            if self.top_p is None:
+                raise OptionError("floor goes with top_p: with a density, every row sees about the same share of keys")
         if not isinstance(self.correction, bool):
             raise OptionError(f"correction must be True or False, got {self.correction!r}")
         for name in ("query_clusters", "key_clusters"):
@@ -226,6 +226,8 @@ class SVG2(SparseAttention):
         if last is not None and (last.tokens, *last.query.centroids.shape[:2]) != (tokens, *call.query.shape[:2]):
             last = None
         if last is not None and self.reuse > 1 and 0 <= step - last.step < self.reuse:
+            if step - last.step == self.reuse - 1:  # for the last time
+                call.state["svg2"] = Remembered(step - self.reuse, tokens, *map(_warm, (last.query, last.key)))
             return last
         among = self._among(call.grid)
         starts: torch.Tensor = per_grid(drawn, call.query.device, tokens, among, self.seed)

@@ -65,6 +65,7 @@ class VideoModel:
         attention: Attribute of a block that is its self-attention.
         text: Where text stands among the tokens of self-attention.
         per_sample: Self-attention is computed once per sample of the batch, not once.
+        rising: Timesteps rise during a run.
     """
 
     transformer: ClassVar[str]
@@ -72,6 +73,7 @@ class VideoModel:
     attention: ClassVar[str] = "attn1"
     text: ClassVar[Literal["none", "first", "last"]] = "none"
     per_sample: ClassVar[bool] = False
+    rising: ClassVar[bool] = False
 
     def attentions(self, transformer: nn.Module) -> list[nn.Module]:
         """The self-attention modules, layer by layer."""

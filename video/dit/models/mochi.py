@@ -13,6 +13,7 @@ class Mochi(VideoModel):
     transformer = "MochiTransformer3DModel"
     text = "last"
     per_sample = True
+    rising = True
 
     def preset(self, transformer: nn.Module) -> Preset:
         """Ours, after HunyuanVideo's; nobody has published settings for this model."""

@@ -90,7 +90,9 @@ def pairs_section(data: dict[str, Any]) -> str:
     """Differences clip by clip, and whether they are larger than their spread."""
     head = ["this", "minus this", "at", "dB", "sd", "least", "greatest", "clips above 0", "larger than its spread"]
     lines = []
-    for pair in data["pairs"]:
+    order = list(dict.fromkeys((pair["curve"], pair["minus"]) for pair in data["pairs"]))
+    place = {names: turn for turn, names in enumerate(order)}
+    for pair in sorted(data["pairs"], key=lambda one: (place[one["curve"], one["minus"]], one["nominal"])):
         psnr = pair["psnr"]
         if psnr["mean"] is None:
             continue

@@ -334,7 +334,7 @@ def test_tests_are_counted_and_stopped_after_their_time(tmp_path: Path) -> None:
         "def test_good(): pass\ndef test_bad(): assert 0\n"
         "@pytest.mark.skip\ndef test_not(): pass\ndef test_slow(): time.sleep(60)\n"
     )
-    found = gpu.run_tests([str(file)], 8, tmp_path / "report.xml", workers=0)
+    found = gpu.run_tests([str(file)], 20, tmp_path / "report.xml", workers=0)
     assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
     assert found["exit_code"] == "out of time" and found["lacking_hypothesis"] == []
     (failing,) = found["failing"]

@@ -152,7 +152,7 @@ def list_names(as_json: JsonOption = False, debug: DebugOption = False) -> None:
     models = []
     for name in VIDEO_MODELS:
         cls = VIDEO_MODELS.get(name)
-        about = (cls.__doc__ or "").split("\n")[0].replace("`", "").removeprefix(cls.transformer).strip(",. ")
+        about = (cls.__doc__ or "").split("\n")[0].replace("`", "").removeprefix(cls.transformer).strip(",.;: ")
         models.append({"name": name, "transformer": cls.transformer, "what": about})
     if as_json:
         print_json({"methods": methods, "models": models})

@@ -13,11 +13,10 @@ recipe and accuracy.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm_budget.errors import UnknownNameError
+from vlm_budget.eval.shipped import shipped_folder
 
 if TYPE_CHECKING:
     from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
@@ -39,11 +38,7 @@ def folder(name: str = "nano") -> Path:
     Raises:
         UnknownNameError: no such checkpoint.
     """
-    if name not in _NAMES:
-        near = difflib.get_close_matches(str(name), _NAMES, n=1, cutoff=0.3)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UnknownNameError(f"no embedded model is called {name!r}.{hint} There are: {', '.join(_NAMES)}.")
-    return _WEIGHTS / name
+    return shipped_folder(_WEIGHTS, name, _NAMES)
 
 
 def load(name: str = "nano") -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:

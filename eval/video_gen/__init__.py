@@ -8,11 +8,11 @@ card in its folder has data, recipe and limits.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm_budget.errors import MissingExtraError, UnknownNameError
+from vlm_budget.errors import MissingExtraError
+from vlm_budget.eval.shipped import shipped_folder
 
 if TYPE_CHECKING:
     from .pipeline import NanoVideoPipeline
@@ -34,11 +34,7 @@ def folder(name: str = "nano-video") -> Path:
     Raises:
         UnknownNameError: No such model.
     """
-    if name not in _NAMES:
-        near = difflib.get_close_matches(str(name), _NAMES, n=1, cutoff=0.3)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UnknownNameError(f"no embedded video model is called {name!r}.{hint} There are: {', '.join(_NAMES)}.")
-    return _WEIGHTS / name
+    return shipped_folder(_WEIGHTS, name, _NAMES, "video model")
 
 
 def load(name: str = "nano-video") -> NanoVideoPipeline:

@@ -122,7 +122,8 @@ def pairs(call: Call, blocks: Blocks) -> torch.Tensor:
     tokens = call.grid.tokens
     text = torch.zeros(1, dtype=torch.float64, device=video.device)
     if call.text:
-        text = _text(call)[1].double().flatten()
+        valid = _valid_text(call)
+        text = text + call.text if valid is None else valid.sum(1).double()
     beside = heads * (2.0 * tokens * text + text * text).expand(batch)
     everything = heads * ((tokens + text) ** 2).expand(batch)
     return (video + beside).sum() / everything.sum()
@@ -156,12 +157,19 @@ def _text(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     device, end = call.query.device, call.video.stop
     before = torch.arange(call.first, device=device)
     places = torch.cat([before, torch.arange(end, call.query.shape[2], device=device)])[None]
-    if call.valid is None:
+    valid = _valid_text(call)
+    if valid is None:
         return places, torch.full((1, 1, 1), call.text, dtype=torch.int32, device=device)
-    valid = torch.cat([call.valid[:, : call.first], call.valid[:, end:]], dim=1)
     ranked = (~valid).int().argsort(dim=1, stable=True)
     places = places.expand(ranked.shape).gather(1, ranked)
     return places, valid.sum(1, dtype=torch.int32)[:, None, None]
+
+
+def _valid_text(call: Call) -> torch.Tensor | None:
+    """[B, T] bool, which of the text's tokens are no padding; None where all are."""
+    if call.valid is None:
+        return None
+    return torch.cat([call.valid[:, : call.first], call.valid[:, call.video.stop :]], dim=1)
 
 
 def _with_text(call: Call, order: torch.Tensor | None, behind: torch.Tensor) -> torch.Tensor:

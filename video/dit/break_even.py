@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn import functional
@@ -17,6 +14,7 @@ from vlm_budget.errors import OptionError
 
 from .call import Call, Grid, Moment
 from .method import SparseAttention
+from .timing import milliseconds, sparse_milliseconds
 
 BREAK_EVEN = 24_000
 """Tokens below which a patch stays dense unless it is forced. An estimate, not a measurement: the cost of clustering
@@ -92,7 +90,7 @@ def measure(
     """Find the break-even length by timing both kinds of attention on growing lengths.
 
     Tokens are drawn around centres, so that clustering has something to find; what it finds does not change the time.
-    A sparse call is the mean over ``steps`` steps that share their state, after two that warm up: what a method keeps
+    A sparse call is the mean over ``steps`` steps that share their state, after a first one: what a method keeps
     from step to step is paid for as in a run. Only meaningful on a GPU: on a CPU the reference implementations are
     timed, and the result says so.
 
@@ -104,7 +102,7 @@ def measure(
         dtype: Of queries, keys and values.
         method: SVG2 at ``density`` by default.
         lengths: Tokens to measure, ascending; rounded up to whole rows of a grid.
-        steps: Measured sparse calls per length.
+        steps: Measured sparse calls per length, at least.
 
     Raises:
         OptionError: No lengths, or lengths that do not ascend.
@@ -118,32 +116,12 @@ def measure(
         grid = _grid(tokens)
         tensors = _clustered(heads, grid.tokens, head_dim, place, dtype)
         dense_ms, backend = fastest_dense(*tensors)
-        timings.append(Timing(grid.tokens, dense_ms, backend, _sparse_ms(method, grid, tensors, steps)))
+        call = Call(*tensors, grid, 0, None, False, head_dim**-0.5, Moment(0, None, 0, 1))
+        timings.append(Timing(grid.tokens, dense_ms, backend, sparse_milliseconds(call, method, steps)))
     note = "" if place.type == "cuda" else "measured without a GPU: it says nothing of the kernels' break-even"
     from vlm_budget.machine import device_name
 
     return BreakEven(crossing(timings), tuple(timings), device_name(place), note)
-
-
-def _sparse_ms(
-    method: SparseAttention, grid: Grid, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], steps: int
-) -> float:
-    """Mean time of the whole sparse call, over the steps of one run."""
-    from .attend import attend
-
-    state: dict[str, Any] = {}
-    counter = itertools.count()
-    query, key, value = tensors
-
-    def one() -> None:
-        moment = Moment(next(counter), None, 0, 1)
-        call = Call(query, key, value, grid, 0, None, False, query.shape[-1] ** -0.5, moment, state)
-        attend(call, method.blocks(call))
-
-    with torch.no_grad():
-        for _ in range(2):
-            one()
-    return _milliseconds(one, query.device, steps)
 
 
 def crossing(timings: Sequence[Timing]) -> int | None:
@@ -170,28 +148,10 @@ def fastest_dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, r
             with sdpa_kernel([backend]):
                 functional.scaled_dot_product_attention(query, key, value)
                 run = lambda: functional.scaled_dot_product_attention(query, key, value)  # noqa: E731
-                found.append((_milliseconds(run, query.device, repeats), backend.name.removesuffix("_ATTENTION")))
+                found.append((milliseconds(query.device, run, repeats), backend.name.removesuffix("_ATTENTION")))
         except RuntimeError:  # what torch raises of a back end that is not there, or not for these tensors
             continue
     return min(found)
-
-
-@torch.no_grad()
-def _milliseconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Mean time of a run."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        return (time.perf_counter() - began) / repeats * 1000
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
-    for _ in range(repeats):
-        run()
-    end.record()
-    torch.cuda.synchronize(device)
-    return float(start.elapsed_time(end)) / repeats
 
 
 def _grid(tokens: int) -> Grid:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from .density import Run, Times, density_for, time_calls
 from .masks import MaskReader
 from .method import SparseAttention
 from .models.base import VideoModel
-from .seam import Seam
+from .seam import Seam, parameters
 from .setting import Forward, Setting
 
 HANDLE = "_vlm_budget_video"
@@ -158,7 +157,7 @@ class Attached:
         if self.control.suspended:
             return
         self._seam.check()
-        names = list(inspect.signature(type(self.transformer).forward).parameters)[1:]
+        names = parameters(type(self.transformer).forward)[1:]
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         grid = self.model.grid(self.transformer, arguments)
         tick = self.control.clock.tick(self.name, arguments["timestep"])

@@ -9,18 +9,15 @@ here: no token leaves a sparse call.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-
-import torch
 
 from vlm_budget.budget import Budget, Unit, in_words
 from vlm_budget.errors import BudgetError, InfeasibleBudgetError, LatencyError, OptionError
 
-from .attend import attend
 from .call import Call, Grid
 from .method import SparseAttention, rounded_up
+from .timing import milliseconds, sparse_milliseconds
 
 ALMOST_ALL = math.nextafter(1.0, 0.0)
 """Still sparse: a density of 1 leaves the processor untouched, and costs what dense attention does."""
@@ -204,33 +201,9 @@ def time_calls(
         least = max(method.least_density(call.grid), 0.05)
         densities = least, max(0.5, (1 + least) / 2)
     dense()
-    taken = min(_milliseconds(call.query.device, dense) for _ in range(ROUNDS))
-    found = [(density, _sparse_ms(call, replace(method, density=density))) for density in densities]
+    taken = min(milliseconds(call.query.device, dense) for _ in range(ROUNDS))
+    found = [(density, sparse_milliseconds(call, replace(method, density=density), ROUNDS)) for density in densities]
     return Times(taken, found[0], found[1])
-
-
-def _sparse_ms(call: Call, method: SparseAttention) -> float:
-    """Mean over some steps, after a first one, which clusters from nothing."""
-    kept: dict[str, object] = {}
-
-    def steps(first: int, count: int) -> None:
-        for number in range(first, first + count):
-            now = replace(call, state=kept, moment=replace(call.moment, step=number))
-            attend(now, method.blocks(now))
-
-    steps(0, 1)
-    reuse = getattr(method, "reuse", 1)
-    rounds = reuse * max(1, ROUNDS // reuse)
-    return _milliseconds(call.query.device, lambda: steps(1, rounds)) / rounds
-
-
-def _milliseconds(device: torch.device, run: Callable[[], object]) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda _: None)
-    wait(device)
-    start = time.perf_counter()
-    run()
-    wait(device)
-    return (time.perf_counter() - start) * 1e3
 
 
 def _steps(run: Run) -> int:

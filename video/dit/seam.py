@@ -202,13 +202,19 @@ def _run(
     return out
 
 
+@functools.cache
+def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a function's parameters, found once: they are asked for in every call."""
+    return tuple(inspect.signature(function).parameters)
+
+
 def _lent(
     inner: Callable[..., Any], owner: Owner, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     """Arguments of a processor with its attention mask exchanged."""
     if "attention_mask" in kwargs:
         return args, {**kwargs, "attention_mask": owner.lend_mask(kwargs["attention_mask"])}
-    names = list(inspect.signature(inner).parameters)[2:]
+    names = parameters(inner)[2:]
     place = names.index("attention_mask") if "attention_mask" in names else len(args)
     if place >= len(args):
         return args, kwargs
